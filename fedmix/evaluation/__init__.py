@@ -1,0 +1,1 @@
+"""Downstream tasks on a central held-out set: classification, retrieval, regeneration, language."""

@@ -1,0 +1,1 @@
+"""One transformer over visible image patches and words, and its heads."""

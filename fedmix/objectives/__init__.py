@@ -1,0 +1,1 @@
+"""What the model learns from: masked patches, masked words, alignment of pairs."""

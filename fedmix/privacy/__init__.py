@@ -1,0 +1,1 @@
+"""Differential privacy and secure sums; auditable alone, so it imports only batch and config."""

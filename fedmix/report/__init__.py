@@ -1,0 +1,1 @@
+"""From a run folder to report.json and a self-contained report.html."""

@@ -1,0 +1,1 @@
+"""The researcher's door: whole federations on one machine."""
