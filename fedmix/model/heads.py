@@ -1,0 +1,100 @@
+"""What is read off the trunk: patches, words, embeddings for contrast, and whether image and report belong together.
+
+Shapes: B studies, P patches, K visible patches, T tokens, D width, E embedding, V values or vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmix.model.layers import MixedBlock, gelu, sincos_grid
+
+
+class PatchDecoder(nn.Module):
+    """Light decoder from visible patch tokens to every patch (MAE, section 3)."""
+
+    def __init__(self, width: int, *, side: int, decoder_width: int, depth: int, num_heads: int, num_values: int) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(width, decoder_width)
+        self.hidden_tag = nn.Embedding(1, decoder_width)
+        self.position = nn.Embedding(side * side, decoder_width)
+        self.blocks = nn.ModuleList(MixedBlock(decoder_width, num_heads, 4.0, modality_experts=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(decoder_width)
+        self.values = nn.Linear(decoder_width, num_values)
+        nn.init.normal_(self.hidden_tag.weight, std=0.02)
+        self.position.weight.data.copy_(sincos_grid(side, decoder_width))
+
+    def forward(self, tokens_BTD: Tensor, visible_BK: Tensor) -> Tensor:
+        """Predict all patches, [B, P, V], from the summary token followed by the visible patches."""
+        narrow_BTD = self.narrow(tokens_BTD)
+        summary_B1D, seen_BKD = narrow_BTD[:, :1], narrow_BTD[:, 1:]
+        num_studies, _, width = seen_BKD.shape
+        places = torch.arange(self.position.num_embeddings, device=tokens_BTD.device)
+        # Look-ups run over [B, P], not once for all studies: per-sample gradients need the study as the first dimension.
+        hidden_BPD = self.hidden_tag(torch.zeros_like(places).expand(num_studies, -1)).to(seen_BKD.dtype)
+        all_BPD = hidden_BPD.scatter(1, visible_BK.unsqueeze(-1).expand(-1, -1, width), seen_BKD)
+        all_BPD = all_BPD + self.position(places.expand(num_studies, -1))
+        tokens = {"image": torch.cat([summary_B1D, all_BPD], dim=1)}
+        for block in self.blocks:
+            tokens = block(tokens, None)
+        values_BPV: Tensor = self.values(self.norm(tokens["image"][:, 1:]))
+        return values_BPV
+
+
+class WordHead(nn.Module):
+    """Logits over the vocabulary (BERT's head, untied: a module run twice has no per-sample gradient)."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(width, width), gelu(), nn.LayerNorm(width))
+        self.logits = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens_ND: Tensor) -> Tensor:
+        """Logits [N, V] for tokens [N, D]."""
+        logits_NV: Tensor = self.logits(self.transform(tokens_ND))
+        return logits_NV
+
+
+class Projection(nn.Module):
+    """Unit-norm embeddings for contrast and retrieval, and the temperature they are compared at."""
+
+    MIN_TEMPERATURE, MAX_TEMPERATURE, START = 0.01, 0.5, 0.1
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(width, embedding)
+        self.text = nn.Linear(width, embedding)
+        self.log_temperature = nn.Embedding(1, 1)
+        nn.init.constant_(self.log_temperature.weight, torch.tensor(self.START).log().item())
+
+    def embed(self, modality: str, tokens_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
+        """Mean of the present tokens after the summary, projected to the unit sphere: [B, E] float32."""
+        body_BTD = tokens_BTD[:, 1:]
+        if present_BT is None:
+            pooled_BD = body_BTD.mean(dim=1)
+        else:
+            weight_BT1 = present_BT[:, 1:, None].to(body_BTD.dtype)
+            pooled_BD = (body_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp_min(1.0)
+        projection: nn.Linear = getattr(self, modality)
+        return F.normalize(projection(pooled_BD).float(), dim=-1)
+
+    def temperature(self) -> Tensor:
+        """The learned temperature, kept inside [.01, .5] (science.md 8.3)."""
+        zero = torch.zeros(1, dtype=torch.long, device=self.log_temperature.weight.device)
+        temperature: Tensor = self.log_temperature(zero).exp()
+        return temperature.clamp(self.MIN_TEMPERATURE, self.MAX_TEMPERATURE).squeeze()
+
+
+class MatchHead(nn.Module):
+    """Logit that the image and the report of a joint sequence belong together (ALBEF's ITM)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.logit = nn.Sequential(nn.Linear(2 * width, width), gelu(), nn.Linear(width, 1))
+
+    def forward(self, image_summary_BD: Tensor, text_summary_BD: Tensor) -> Tensor:
+        """Logits [B] from both summaries of the joint sequence."""
+        logit_B1: Tensor = self.logit(torch.cat([image_summary_BD, text_summary_BD], dim=-1))
+        return logit_B1.squeeze(-1)

@@ -1,0 +1,45 @@
+"""Which patches and words a study's learner does not see. Pure functions of a torch.Generator.
+
+Shapes: B studies, P patches, K visible patches, L words.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+
+class HiddenPatches(NamedTuple):
+    """``visible_BK``: places shown; ``hidden_BP``: True where a patch is not shown. Every row hides the same number."""
+
+    visible_BK: Tensor
+    hidden_BP: Tensor
+
+
+class HiddenWords(NamedTuple):
+    """``words_BL``: ids with the hidden ones replaced by the mask id; ``hidden_BL``: True where a word is to be predicted."""
+
+    words_BL: Tensor
+    hidden_BL: Tensor
+
+
+def hide_patches(num_studies: int, num_patches: int, ratio: float, generator: Generator) -> HiddenPatches:
+    """Hide a random share of the patches of each study; at least one stays visible and one hidden."""
+    num_visible = min(num_patches - 1, max(1, round(num_patches * (1.0 - ratio))))
+    order_BP = torch.rand(num_studies, num_patches, generator=generator).argsort(dim=1)
+    visible_BK = order_BP[:, :num_visible]
+    hidden_BP = torch.ones(num_studies, num_patches, dtype=torch.bool).scatter_(1, visible_BK, False)
+    return HiddenPatches(visible_BK, hidden_BP)
+
+
+def hide_words(words_BL: Tensor, ratio: float, *, mask_id: int, num_special: int, generator: Generator) -> HiddenWords:
+    """Hide each word with probability ``ratio``; ids below ``num_special`` (padding, tags) are never hidden.
+
+    A report of which chance hid nothing has one word hidden, so that no report is without a target.
+    """
+    can_hide_BL = words_BL >= num_special
+    draw_BL = torch.rand(words_BL.shape, generator=generator).masked_fill(~can_hide_BL, 2.0)
+    hidden_BL = (draw_BL < ratio) | (draw_BL == draw_BL.amin(dim=1, keepdim=True)) & can_hide_BL
+    return HiddenWords(words_BL.masked_fill(hidden_BL, mask_id), hidden_BL)

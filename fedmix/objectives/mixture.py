@@ -1,0 +1,149 @@
+"""Which terms a batch allows: images alone, reports alone, pairs apart and pairs as one sequence.
+
+A pair is read three ways. Image and report each alone, partly hidden: masked modelling, and contrast between the same
+two passes (MCR, 2312.15840: masked input for both saves a second pass). A share of the pairs also as one joint sequence:
+here the image helps the words and the words the image, and mismatched reports teach matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from fedmix import config
+from fedmix.batch import Batch, Term
+from fedmix.model.encoder import Encoded, MixedModel
+from fedmix.model.layers import to_patches
+from fedmix.objectives.alignment import contrast_term, match_term
+from fedmix.objectives.masking import hide_patches, hide_words
+from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
+
+
+@dataclass(frozen=True)
+class WordIds:
+    """What masking must know of the tokenizer: the mask id, and that ids below ``num_special`` are never words."""
+
+    mask_id: int
+    num_special: int
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model, the objectives of a stage, and the word ids: everything a step needs besides data and chance."""
+
+    model: MixedModel
+    objectives: config.Objectives
+    word_ids: WordIds
+
+    def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
+        """All terms that this batch allows: mvm, mlm, contrast, match. A term of weight 0 in the config is not computed."""
+        found: list[tuple[str, Term]] = []
+        rows = _rows(batch)
+        if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
+            encoded = self._see(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator, found)
+        if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
+            self._read(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator, found)
+        if batch.image is not None and batch.text is not None and len(rows.image_paired):
+            image_BSS, words_BL = batch.image[rows.image_paired], batch.text[rows.text_paired]
+            encoded = self._see(image_BSS, self.objectives.hide_image_paired, generator, found)
+            self._align(encoded, self._read(words_BL, self.objectives.hide_text_paired, generator, found), found)
+            self._join(image_BSS, words_BL, generator, found)
+        return _added(found)
+
+    def loss(self, terms: Mapping[str, Term]) -> Tensor:
+        """The weighted sum of the terms' means: what a step descends."""
+        weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match"})
+        return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
+
+    def _see(self, image_BSS: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
+        """Read part of the images and predict the rest."""
+        hidden = hide_patches(len(image_BSS), self.model.num_patches, ratio, generator)
+        encoded = self.model.encode(image_BSS=image_BSS, visible_BK=hidden.visible_BK)
+        if self.objectives.mvm:
+            found.append(("mvm", self._patch_term(encoded, image_BSS, hidden.visible_BK, hidden.hidden_BP)))
+        return encoded
+
+    def _read(self, words_BL: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
+        """Read part of the words and predict the rest."""
+        ids = self.word_ids
+        hidden = hide_words(words_BL, ratio, mask_id=ids.mask_id, num_special=ids.num_special, generator=generator)
+        encoded = self.model.encode(words_BL=hidden.words_BL)
+        if self.objectives.mlm:
+            found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
+        return encoded
+
+    def _align(self, image: Encoded, text: Encoded, found: list[tuple[str, Term]]) -> None:
+        """Contrast between the two passes over the same pairs."""
+        if not self.objectives.contrast:
+            return
+        term = contrast_term(
+            self.model.embed("image", image),
+            self.model.embed("text", text),
+            self.model.projection.temperature(),
+            label_smoothing=self.objectives.label_smoothing,
+        )
+        found.append(("contrast", term))
+
+    def _join(self, image_BSS: Tensor, words_BL: Tensor, generator: Generator, found: list[tuple[str, Term]]) -> None:
+        """Read a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching."""
+        num_joint = round(self.objectives.joint_share * len(image_BSS))
+        if num_joint == 0:
+            return
+        image_BSS, words_BL = image_BSS[:num_joint], words_BL[:num_joint]
+        patches = hide_patches(num_joint, self.model.num_patches, self.objectives.hide_image_joint, generator)
+        ids = self.word_ids
+        words = hide_words(
+            words_BL, self.objectives.hide_text_joint, mask_id=ids.mask_id, num_special=ids.num_special, generator=generator
+        )
+        encoded = self.model.encode(image_BSS=image_BSS, visible_BK=patches.visible_BK, words_BL=words.words_BL)
+        if self.objectives.mvm:
+            found.append(("mvm", self._patch_term(encoded, image_BSS, patches.visible_BK, patches.hidden_BP)))
+        if self.objectives.mlm:
+            found.append(("mlm", self._word_term(encoded, words_BL, words.hidden_BL)))
+        if self.objectives.match and num_joint > 1:
+            swapped = self.model.encode(
+                image_BSS=image_BSS, visible_BK=patches.visible_BK, words_BL=words.words_BL.roll(1, dims=0)
+            )
+            belongs_B = torch.arange(2 * num_joint) < num_joint
+            found.append(("match", match_term(torch.cat([self._match(encoded), self._match(swapped)]), belongs_B)))
+
+    def _match(self, encoded: Encoded) -> Tensor:
+        logit_B: Tensor = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
+        return logit_B
+
+    def _patch_term(self, encoded: Encoded, image_BSS: Tensor, visible_BK: Tensor, hidden_BP: Tensor) -> Term:
+        predicted_BPV = self.model.decode_patches(encoded, visible_BK)
+        patches_BPC = to_patches(image_BSS, self.model.patch_size)
+        return masked_patch_term(predicted_BPV, patches_BPC, hidden_BP, kind=self.model.vision_target)
+
+    def _word_term(self, encoded: Encoded, words_BL: Tensor, hidden_BL: Tensor) -> Term:
+        return masked_word_term(self.model.word_head(encoded.tokens["text"][hidden_BL]), words_BL[hidden_BL])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    image_alone: Tensor
+    text_alone: Tensor
+    image_paired: Tensor
+    text_paired: Tensor
+
+
+def _rows(batch: Batch) -> _Rows:
+    paired_image, paired_text = batch.is_paired[batch.has_image], batch.is_paired[batch.has_text]
+    return _Rows(
+        image_alone=(~paired_image).nonzero().flatten(),
+        text_alone=(~paired_text).nonzero().flatten(),
+        image_paired=paired_image.nonzero().flatten(),
+        text_paired=paired_text.nonzero().flatten(),
+    )
+
+
+def _added(found: list[tuple[str, Term]]) -> dict[str, Term]:
+    """Terms of the same name added, never averaged."""
+    terms: dict[str, Term] = {}
+    for name, term in found:
+        terms[name] = terms[name] + term if name in terms else term
+    return terms

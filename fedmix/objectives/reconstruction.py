@@ -1,0 +1,34 @@
+"""Masked vision and masked language modelling: errors on what was hidden, never on what was shown.
+
+Shapes: B studies, P patches, V values of a patch or vocabulary, N hidden words.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmix.batch import Term
+from fedmix.model import pyramid
+
+
+def masked_patch_term(predicted_BPV: Tensor, patches_BPC: Tensor, hidden_BP: Tensor, *, kind: str) -> Term:
+    """Squared error on hidden patches (MAE, section 3), weight: hidden patches.
+
+    For the pyramid each scale's mean counts alike, lambda = 1/1/1 (science.md 8.2), so coarse grey and fine edges both
+    matter although the fine scale has sixteen times the values.
+    """
+    error_BPV = (predicted_BPV.float() - pyramid.split(kind, patches_BPC)).square()
+    if kind == "multi_scale":
+        sizes = pyramid.level_sizes(round(patches_BPC.shape[-1] ** 0.5))
+        error_BP = torch.stack([level.mean(dim=-1) for level in error_BPV.split(sizes, dim=-1)]).sum(dim=0)
+    else:
+        error_BP = error_BPV.mean(dim=-1)
+    return Term(total=(error_BP * hidden_BP).sum(), weight=hidden_BP.sum().float())
+
+
+def masked_word_term(logits_NV: Tensor, words_N: Tensor) -> Term:
+    """Cross-entropy in nats over hidden words (BERT), weight: hidden words. Zero hidden words give zero."""
+    total = F.cross_entropy(logits_NV.float(), words_N, reduction="sum")
+    return Term(total=total, weight=total.new_tensor(float(len(words_N))))
