@@ -1,0 +1,84 @@
+"""Which studies a step sees. A step's batch is a pure function of (seed, step): nothing to save, nothing to lose on resume.
+
+Reports alone are drawn in batches of similar length, so little is computed on padding (feasibility.md: twice the speed);
+pairs are drawn evenly, because a batch of equally long reports would make contrast an easier, other task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmix.batch import Batch, Study
+from fedmix.data.shard import Shard
+from fedmix.errors import DataError
+
+POOL_BATCHES = 16  # batches sorted by length together; more saves little padding and makes neighbours less random
+
+Indices = NDArray[np.int64]
+
+
+class Sampler:
+    """Epochs without repetition over some studies of a shard, addressed by step number."""
+
+    def __init__(self, shard: Shard, indices: Indices, *, batch_size: int, seed: int) -> None:
+        if len(indices) == 0:
+            raise DataError("no study of the wanted stream and split in this shard; see `fedmix prepare --stream`")
+        self._shard, self._indices, self._seed = shard, indices, seed
+        self._batch_size = min(batch_size, len(indices))
+        self._lengths = np.diff(shard.offsets)[indices]
+        self._bucketed = not bool(shard.has_image[indices].any())
+        self._epoch: tuple[int, list[Indices]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step counted from 0."""
+        epoch, position = divmod(step, len(self._indices) // self._batch_size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._draw(epoch))
+        rows = self._indices[self._epoch[1][position]]
+        return collate([study(self._shard, int(row)) for row in rows])
+
+    def _draw(self, epoch: int) -> list[Indices]:
+        """An epoch's batches as positions among the indices; the studies left over wait for another shuffle."""
+        chance = np.random.default_rng([self._seed, epoch])
+        order = chance.permutation(len(self._indices))
+        size = self._batch_size
+        if not self._bucketed:
+            return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        batches: list[Indices] = []
+        num_kept = len(order) // size * size
+        for start in range(0, num_kept, size * POOL_BATCHES):
+            pool = order[start : min(start + size * POOL_BATCHES, num_kept)]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            batches += [pool[at : at + size] for at in range(0, len(pool), size)]
+        return [batches[at] for at in chance.permutation(len(batches))]
+
+
+def study(shard: Shard, row: int) -> Study:
+    """One study of a shard, copied out of the memory map."""
+    image, words = shard.image(row), shard.words(row)
+    return Study(
+        image=None if image is None else torch.from_numpy(np.array(image)),
+        text=None if words is None else torch.from_numpy(np.array(words, dtype=np.int64)),
+    )
+
+
+def collate(studies: Sequence[Study]) -> Batch:
+    """Studies of any streams as one batch: grey values scaled to 0..1, words padded to the longest report here."""
+    images = [one.image for one in studies if one.image is not None]
+    texts = [one.text for one in studies if one.text is not None]
+    return Batch(
+        image=torch.stack(images).float().div_(255.0) if images else None,
+        text=pad(texts) if texts else None,
+        has_image=torch.tensor([one.image is not None for one in studies]),
+        has_text=torch.tensor([one.text is not None for one in studies]),
+    )
+
+
+def pad(texts: Sequence[Tensor]) -> Tensor:
+    """Token ids of unequal length as int64 [B, L], filled up with 0."""
+    return torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=0)

@@ -1,0 +1,194 @@
+"""A site's whole job in a round: H optimiser steps from the server's model, and the change that came of them.
+
+Two traps decide the details. Parameters that no loss reached must keep ``grad is None``: zeroed gradients still let
+AdamW's decay and Muon's momentum move them. And everything random follows from (seed, site, stage, step), never from a
+counter, so that a resumed round, another engine or another number of workers gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedmix import config
+from fedmix.batch import STREAMS, Batch, Stream, Term
+from fedmix.errors import RunError, UpdateError
+from fedmix.federation.update import Update
+from fedmix.objectives.mixture import Learner
+
+OptimiserState = dict[str, Tensor]  # "<optimiser>/<parameter>/<moment>" -> tensor
+
+
+class Batches(Protocol):
+    """Where a site's batches come from: a pure function of the step number within the stage."""
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step counted from 0 within the stage."""
+        ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the server asks of a site in one round: steps ``first_step`` .. ``first_step + stage.local_steps`` of a stage."""
+
+    site: str
+    stage: config.Stage
+    first_step: int
+    seed: int
+
+    @property
+    def num_stage_steps(self) -> int:
+        """Steps of the whole stage, over which the learning rate follows one cosine."""
+        return self.stage.rounds * self.stage.local_steps
+
+
+def seed_of(seed: int, *purpose: object) -> int:
+    """A 63-bit seed from a hash of what it is for: independent streams without counting."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Optimisers:
+    """Muon on the matrices of the blocks and AdamW on everything else, or AdamW alone (config), as one."""
+
+    def __init__(self, model: nn.Module, settings: config.Optimiser) -> None:
+        self._settings = settings
+        matrices, tables, vectors = _kinds(model, muon=settings.kind == "muon")
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [
+            {"params": tables, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=(0.9, 0.98), fused=True)
+        self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {"adamw": (adamw, settings.lr)}
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
+            self._parts["muon"] = (muon, settings.muon_lr)
+
+    def step(self, progress: float) -> None:
+        """Clip the gradient, set the learning rate for ``progress`` (0..1 of the stage), step, and drop the gradients."""
+        parameters = [parameter for parameter in self._names if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
+        if not bool(norm.isfinite()):
+            raise UpdateError("the gradient is not finite; lower optimiser.lr or optimiser.muon_lr for this stage")
+        for optimiser, peak in self._parts.values():
+            for group in optimiser.param_groups:
+                group["lr"] = peak * cosine(progress, warmup=self._settings.warmup, final=self._settings.final_lr)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    def state(self) -> OptimiserState:
+        """Moments of every parameter that has taken a step."""
+        return {
+            f"{kind}/{self._names[parameter]}/{moment}": value
+            for kind, (optimiser, _) in self._parts.items()
+            for parameter, moments in optimiser.state.items()
+            for moment, value in moments.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take moments up again; a state of another optimiser or model is refused."""
+        by_name = {name: parameter for parameter, name in self._names.items()}
+        for key, value in state.items():
+            kind, name, moment = key.split("/")
+            if kind not in self._parts or name not in by_name:
+                raise RunError("the optimiser state kept at this site belongs to another experiment; start the run anew")
+            self._parts[kind][0].state[by_name[name]][moment] = value.clone()
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Run the model in ``precision``; losses stay float32 whatever it is.
+
+    bfloat16 is autocast. On CPUs its flash attention kernel took 45 % of a step (feasibility.md), so the plain one is used.
+    """
+    if precision == "float32":
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def cosine(progress: float, *, warmup: float, final: float) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to ``final``."""
+    if progress < warmup:
+        return progress / warmup
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / max(1.0 - warmup, 1e-9)))
+
+
+def train(
+    learner: Learner,
+    batches: Batches,
+    assignment: Assignment,
+    *,
+    optimiser_state: Mapping[str, Tensor] | None = None,
+    precision: str = "float32",
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[Update, OptimiserState]:
+    """Take the round's steps in place and return the update and the optimiser state to keep at the site."""
+    model, stage = learner.model, assignment.stage
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimisers = Optimisers(model, stage.optimiser)
+    if optimiser_state:
+        optimisers.load(optimiser_state)
+    examples: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+    sums: dict[str, Term] = {}
+    trained: set[str] = set()
+    model.train()
+    for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
+        batch = batches.batch(step)
+        chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))
+        with arithmetic(precision):
+            terms = learner.terms(batch, chance)
+            loss = learner.loss(terms)
+        loss.backward()
+        trained.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+        optimisers.step((step + 1) / assignment.num_stage_steps)
+        for stream, count in batch.counts().items():
+            examples[stream] += count
+        for name, term in terms.items():
+            kept = Term(term.total.detach(), term.weight)
+            sums[name] = sums[name] + kept if name in sums else kept
+        if on_step is not None:
+            on_step(step)
+    deltas = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters() if name in trained}
+    metrics = {f"{name}/loss": (float(term.total), float(term.weight)) for name, term in sums.items()}
+    return Update(assignment.site, deltas, examples, stage.local_steps, metrics), optimisers.state()
+
+
+def _kinds(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Matrices of the blocks (for Muon), other matrices and tables (decayed), and vectors (not decayed)."""
+    matrices: list[Tensor] = []
+    tables: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if muon and parameter.ndim == 2 and "blocks." in name:
+            matrices.append(parameter)
+        elif parameter.ndim > 1 and not _is_tag(name):
+            tables.append(parameter)
+        else:
+            vectors.append(parameter)
+    return matrices, tables, vectors
+
+
+def _is_tag(name: str) -> bool:
+    """Positions, tags and the temperature: decaying them towards zero means nothing."""
+    return any(part in name for part in ("position", "tag", "temperature"))
+
+
+def sum_metrics(updates: Iterable[Update]) -> dict[str, float]:
+    """Means over sites of metrics kept as (sum, weight); a site without the metric is left out, not averaged in as zero."""
+    sums: dict[str, tuple[float, float]] = {}
+    for update in updates:
+        for name, (total, weight) in update.metrics.items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + total, old[1] + weight)
+    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}

@@ -1,0 +1,100 @@
+"""What a site sends back, and which parameters belong together.
+
+A parameter GROUP is the unit that is trained, sent and averaged as one: a block's shared attention, its image expert, its
+text expert, and so on. A TOWER says which streams reach a group, and with what fixed share (science.md 8.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from fedmix.batch import Stream
+from fedmix.errors import UpdateError
+
+Tower = Literal["shared", "image", "text", "pair"]
+
+# Streams whose losses reach each tower.
+REACHED_BY: dict[Tower, tuple[Stream, ...]] = {
+    "shared": ("image", "text", "paired"),
+    "image": ("image", "paired"),
+    "text": ("text", "paired"),
+    "pair": ("paired",),
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one site learned in one round.
+
+    ``deltas``: parameter name -> float32 change, only of groups that the site trained. ``examples``: studies processed in
+    this round by stream. ``steps``: optimiser steps taken. ``metrics``: name -> (sum, weight), to be added, never averaged.
+    """
+
+    site: str
+    deltas: Mapping[str, Tensor]
+    examples: Mapping[Stream, int]
+    steps: int
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def group_of(parameter: str) -> str:
+    """The group a parameter belongs to, such as ``block2.attention`` or ``text.embedding``."""
+    parts = parameter.split(".")
+    match parts[0]:
+        case "embed_image" | "embed_text":
+            return f"{parts[0].removeprefix('embed_')}.embedding"
+        case "patch_decoder":
+            return "image.decoder"
+        case "word_head":
+            return "text.head"
+        case "projection" | "match_head":
+            return f"pair.{parts[0]}"
+        case "norm":
+            return f"{parts[1]}.norm"
+        case "blocks" if parts[2] == "attention":
+            return f"block{parts[1]}.attention"
+        case "blocks":  # blocks.<index>.<attention_norm | mlp_norm | mlp>.<image | text | shared>
+            return f"block{parts[1]}.{parts[3]}"
+    raise UpdateError(f"parameter {parameter!r} belongs to no group; give its room a line in federation/update.py")
+
+
+def tower_of(group: str) -> Tower:
+    """The tower of a group, which decides whose steps count for it."""
+    towers: tuple[Tower, ...] = ("image", "text", "pair")
+    return next((tower for tower in towers if tower in group.split(".")), "shared")
+
+
+def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
+    """Raise UpdateError unless names, shapes, types, values and counts are what the server asked for."""
+    unknown = set(update.deltas) - set(parameters)
+    if unknown:
+        raise UpdateError(f"{len(unknown)} tensors in the update are not in the model")
+    for name, delta in update.deltas.items():
+        expected = parameters[name]
+        if delta.shape != expected.shape or delta.dtype != expected.dtype:
+            raise UpdateError(
+                f"{name}: update is {tuple(delta.shape)} {delta.dtype}, the model has {tuple(expected.shape)} {expected.dtype}"
+            )
+        if not bool(delta.isfinite().all()):
+            raise UpdateError(f"{name}: update holds values that are not finite; lower the learning rate at this site")
+    if any(count < 0 for count in update.examples.values()) or sum(update.examples.values()) <= 0 or update.steps <= 0:
+        raise UpdateError("an update must come from at least one step on at least one study")
+
+
+def digest(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of parameters, in name order: the identity of a model."""
+    seen = hashlib.sha256()
+    for name in sorted(parameters):
+        seen.update(name.encode())
+        seen.update(parameters[name].detach().cpu().contiguous().numpy().tobytes())
+    return seen.hexdigest()
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
