@@ -1,0 +1,46 @@
+"""Why a row or file was left out: a closed list of reason codes, so that counts may be shown and content never is.
+
+A code that is not listed here cannot be recorded, which keeps a file name or a line of a report from becoming one.
+"""
+
+from __future__ import annotations
+
+from fedmix.errors import DataError
+
+REASONS: dict[str, str] = {
+    "row_malformed": "the row's cells do not match the header, or its quotes do not close",
+    "patient_missing": "the patient cell is empty, so the row cannot be kept in one split with the patient's others",
+    "label_unreadable": "a label cell is none of 1, 0, -1 and blank, or names a finding of more than 80 characters",
+    "split_unknown": "the split cell is none of train, val and test",
+    "split_conflict": "the same patient was already placed in another split",
+    "no_image": "the row has no image, and the shard is to hold one for every study",
+    "no_text": "the row has no text, and the shard is to hold one for every study",
+    "no_image_no_text": "the row has neither an image nor a text",
+    "path_control": "the path holds NUL, a control character or an invisible one",
+    "path_backslash": "the path holds a backslash",
+    "path_absolute": "the path is absolute, a drive or a URL; it has to be relative to the root folder",
+    "path_parent": "the path climbs with '..'",
+    "path_escape": "a symbolic link leads out of the root folder",
+    "path_too_long": "the path is longer than a file system allows",
+    "file_missing": "there is no such file under the root folder",
+    "file_not_regular": "the path is a folder, a device or a pipe",
+    "file_unreadable": "the file cannot be read: permission or disk",
+    "file_too_large": "the file is larger than the limit",
+    "image_format": "the file is neither PNG nor JPEG",
+    "image_broken": "the image cannot be decoded to its end: truncated or damaged",
+    "image_mode": "the image is neither grey, RGB nor palette (CMYK, for instance)",
+    "image_too_large": "the image has more pixels than the limit",
+    "image_too_small": "a side of the image is shorter than the limit",
+    "image_blank": "every pixel of the image has the same value",
+    "text_encoding": "the text is neither UTF-8 nor in the declared fallback encoding",
+    "text_nul": "the text holds NUL",
+    "text_empty": "the text holds neither a letter nor a digit",
+}
+
+
+class RefusedError(DataError):
+    """One row or file cannot be used; ``code`` says why and is all that may be counted, logged or shown."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(REASONS[code])
+        self.code = code
