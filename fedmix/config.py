@@ -64,6 +64,9 @@ class HeldOut(Section):
 
     phantom: PhantomData | None = None
     shards: tuple[Path, ...] = ()
+    public: bool = Field(
+        default=False, description="pictures and report texts of the held-out studies may be shown in the report"
+    )
     probe_studies: Count = Field(default=1000, description="studies that train the linear probe; the rest are the test set")
 
     @model_validator(mode="after")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from fedmix.batch import Stream
 from fedmix.errors import UpdateError
 
+Kind = TypeVar("Kind")
 Tower = Literal["shared", "image", "text", "pair"]
 
 # Streams whose losses reach each tower.
@@ -84,6 +85,14 @@ def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
             raise UpdateError(f"{name}: update holds values that are not finite; lower the learning rate at this site")
     if any(count < 0 for count in update.examples.values()) or sum(update.examples.values()) <= 0 or update.steps <= 0:
         raise UpdateError("an update must come from at least one step on at least one study")
+
+
+def typed(values: Mapping[str, object], key: str, kind: type[Kind]) -> Kind:
+    """The value of a received field, which must be there and of exactly this type; raises UpdateError otherwise."""
+    value = values.get(key)
+    if type(value) is not kind:
+        raise UpdateError(f"field {key!r} of a message should be {kind.__name__}, it is {type(value).__name__}")
+    return value
 
 
 def digest(parameters: Mapping[str, Tensor]) -> str:

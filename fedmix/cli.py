@@ -1,0 +1,346 @@
+"""The front door: one command a door, errors as one sentence, and exit code 0 only for success.
+
+Heavy rooms are imported inside the commands, so that ``--help`` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedmix import config
+from fedmix.errors import ConfigError, FedmixError
+
+if TYPE_CHECKING:
+    from fedmix.report.terminal import LiveView
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+prepare_app = typer.Typer(no_args_is_help=True, help="Real files to a prepared, de-identified shard.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at experiment files.")
+app.add_typer(prepare_app, name="prepare")
+app.add_typer(config_app, name="config")
+
+out_console = Console()
+error_console = Console(stderr=True)
+
+
+class Engine(StrEnum):
+    """What runs under Flower's Grid."""
+
+    inprocess = "inprocess"
+    ray = "ray"
+
+
+class StreamChoice(StrEnum):
+    """What a shard keeps of each row."""
+
+    image = "image"
+    text = "text"
+    paired = "paired"
+
+
+class Screen:
+    """A LiveView that also takes plain sentences and dropped sites."""
+
+    def __init__(self, live: LiveView) -> None:
+        self._live = live
+
+    def start(self, total_rounds: int, sites: Mapping[str, str]) -> None:
+        """Begin a run."""
+        self._live.start(total_rounds, sites)
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show a row of metrics, or say which site was dropped and why."""
+        if row["event"] == "dropped":
+            self.say(f"round {row['round']}: {row['site']} dropped, {row['why']}")
+        else:
+            self._live.update(row)
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the live view."""
+        self._live.console.print(Text(sentence, style="dim"))
+
+
+@app.callback()
+def _door() -> None:
+    """Train one image-text model over hospitals that hold images, reports, or both, without sharing data.
+
+    Start with:  fedmix simulate configs/demo.yaml
+    """
+
+
+@app.command()
+def simulate(
+    experiment_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="experiment as YAML, such as configs/demo.yaml")],
+    out: Annotated[Path | None, typer.Option(help="run folder; runs/NAME if left out")] = None,
+    engine: Annotated[Engine, typer.Option(help="what runs under Flower's Grid")] = Engine.inprocess,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change one value")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    seed: Annotated[int | None, typer.Option(help="instead of the experiment's")] = None,
+) -> None:
+    """Train a whole federation on this machine, evaluate it and write a report.
+
+    Example:  fedmix simulate configs/demo.yaml --set model.width=128 --out runs/wide
+    """
+    changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    experiment = config.load(experiment_file, changes)
+    from simulations.engine import warm_up
+
+    warm_up()  # the workers' imports run beside ours
+    from fedmix.report.summary import read_report
+    from fedmix.report.terminal import LiveView, final_table
+    from simulations.run import simulate as run
+
+    folder = out or Path("runs") / experiment.name
+    with LiveView(out_console) as live:
+        page = run(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
+    report = read_report(folder)
+    out_console.print(final_table(report))
+    ratio = report.timing.overhead_ratio
+    out_console.print(f"overhead_ratio {ratio:.3f}" if ratio is not None else "")
+    out_console.print(Text(f"report: {page}"), soft_wrap=True)
+
+
+@prepare_app.command("table")
+def prepare_table(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="folder with the CSV and the images it names")],
+    out: Annotated[Path, typer.Option(help="the shard's folder")],
+    csv: Annotated[Path | None, typer.Option(help="the table below ROOT; its only CSV if left out")] = None,
+    stream: Annotated[StreamChoice | None, typer.Option(help="keep only this kind; everything if left out")] = None,
+    size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
+    fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
+    normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
+    max_words: Annotated[int, typer.Option(min=4, max=512, help="token ids kept of a report")] = 128,
+    image_column: str = "image",
+    text_column: str = "text",
+    label_column: str = "labels",
+    patient_column: str = "patient_id",
+    split_column: str = "split",
+    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated; all if left out")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")] = None,
+    key_file: Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")] = Path(
+        "site.key"
+    ),
+    max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
+    workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
+    replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
+) -> None:
+    """Prepare a CSV with image and/or text columns, and its image folder (PNG or JPEG, 8 or 16 bit).
+
+    Example:  fedmix prepare table data/nih --csv images.csv --stream image --size 96 --out shards/nih
+    """
+    from fedmix.data import prepare as preparing
+    from fedmix.data.images import ImageOptions
+    from fedmix.data.layouts import TableColumns
+    from fedmix.data.tokenizer import Tokenizer
+
+    options = preparing.TableOptions(
+        csv=csv,
+        columns=TableColumns(
+            image=image_column, text=text_column, labels=label_column, patient=patient_column, split=split_column
+        ),
+        image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
+        stream=stream.value if stream else None,
+        max_words=max_words,
+        label_names=tuple(name.strip() for name in labels.split(",")) if labels else None,
+        max_bad_share=max_bad_share,
+        replace=replace,
+    )
+    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console, transient=True) as progress:
+        task = progress.add_task("rows", total=None)
+        summary = preparing.prepare_table(
+            root,
+            out,
+            options=options,
+            tokenizer=Tokenizer.load(tokenizer),
+            key=preparing.site_key(key_file),
+            workers=workers,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    out_console.print(_summary_table(summary, out))
+
+
+def _summary_table(summary: Any, out: Path) -> Table:
+    table = Table(title=Text(f"{out}: {summary.studies} studies of {summary.rows} rows in {summary.seconds:.1f} s"), box=None)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for stream, count in summary.written.items():
+        table.add_row(f"{stream} studies", str(count))
+    table.add_row("patients", str(summary.num_patients))
+    for split, count in summary.splits.items():
+        table.add_row(f"split {split}", str(count))
+    for code, count in summary.quarantined.items():
+        table.add_row(Text(f"left out: {code}", style="yellow"), str(count))
+    for note in summary.notes:
+        table.add_row(Text(note, style="dim"), "")
+    return table
+
+
+@app.command()
+def phantom(
+    preview: Annotated[Path | None, typer.Option(help="write a contact sheet of all looks as PNG")] = None,
+    size: Annotated[int, typer.Option(min=48, max=512, help="pixels a side")] = 128,
+    seed: int = 0,
+    looks: Annotated[bool, typer.Option("--looks", help="list the looks, one a line")] = False,
+) -> None:
+    """Draw synthetic chest phantoms: what the simulations train on when no real data is at hand.
+
+    Example:  fedmix phantom --preview phantoms.png
+    """
+    from fedmix.data.phantom import LOOKS, contact_sheet
+
+    if looks or preview is None:
+        out_console.print("\n".join(LOOKS))
+    if preview is not None:
+        try:
+            contact_sheet(size, seed).save(preview)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot write {preview}: {error}; name a .png in a folder you may write") from None
+        out_console.print(Text(f"wrote {preview}"), soft_wrap=True)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print JSON Schema, so that an editor completes and checks experiment files.
+
+    Example:  fedmix config schema > fedmix.schema.json
+    """
+    sys.stdout.write(json.dumps(config.json_schema(), indent=2) + "\n")
+
+
+@config_app.command("show")
+def config_show(
+    experiment_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Print an experiment with every default written out, and its fingerprint.
+
+    Example:  fedmix config show configs/demo.yaml --set seed=3
+    """
+    experiment = config.load(experiment_file, overrides or [])
+    sys.stdout.write(f"# fingerprint {experiment.fingerprint()}\n{experiment.to_yaml()}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model folder, such as runs/demo/model")],
+    data: Annotated[list[Path], typer.Option(help="prepared shard; give it again for more")],
+    out: Annotated[Path, typer.Option(help="where evaluation.json goes")] = Path("evaluation"),
+) -> None:
+    """Evaluate a model on the test split of prepared shards; their training split trains the probes.
+
+    Example:  fedmix evaluate runs/demo/model --data shards/nih --out runs/nih
+    """
+    from fedmix.data.shard import Shard
+    from fedmix.evaluation import suite
+    from fedmix.report.summary import write_json
+    from server import held_out
+    from server.model_folder import load_model
+
+    loaded, sizes, tokenizer = load_model(model)
+    studies = held_out.of_shards([Shard.open(path) for path in data], sizes.image_size, tokenizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=error_console, transient=True) as progress:
+        task = progress.add_task("evaluating", total=None)
+        result = suite.evaluate(
+            loaded,
+            studies,
+            tokenizer=tokenizer,
+            on_progress=lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
+        )
+    found = result.as_report()
+    write_json(out / "evaluation.json", found)
+    table = Table("measure", "value", box=None)
+    for place, value in _headline(found):
+        table.add_row(place, f"{value:.3f}")
+    out_console.print(table)
+    out_console.print(Text(f"wrote {out / 'evaluation.json'}"), soft_wrap=True)
+
+
+def _headline(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of an evaluation that a terminal has room for; evaluation.json has them all, with intervals."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name not in ("per_label", "chance"):
+            yield from _headline(value, f"{place}{name}/")
+        elif name in ("macro_auroc", "r@1", "r@10", "psnr_db", "ssim", "bits_per_token") and isinstance(value, float):
+            yield place + name, value
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/demo")]) -> None:
+    """Write report.html of a run anew from what its folder holds.
+
+    Example:  fedmix report runs/demo
+    """
+    from fedmix.report.html import write_report
+
+    out_console.print(Text(str(write_report(run))), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    out: Annotated[Path | None, typer.Option(help="also write the table, as .md or .html")] = None,
+) -> None:
+    """Put runs side by side.
+
+    Example:  fedmix compare runs/demo runs/wide --out comparison.html
+    """
+    from fedmix.report.html import write_comparison
+    from fedmix.report.measures import compare_table
+    from fedmix.report.summary import read_report
+    from fedmix.report.terminal import grid_table
+
+    reports = [read_report(run) for run in runs]
+    out_console.print(grid_table(compare_table(reports), "run"))
+    if out is not None:
+        out_console.print(Text(str(write_comparison(out, reports))), soft_wrap=True)
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="one bench; all if left out")] = None,
+) -> None:
+    """Measure speed as ratios side by side in one run, one JSON line a case.
+
+    Example:  fedmix bench federation
+    """
+    from simulations.bench import BENCHES
+
+    if name is not None and name not in BENCHES:
+        raise ConfigError(f"no bench {name!r}; there are {', '.join(BENCHES)}")
+    for chosen in [name] if name else list(BENCHES):
+        for line in BENCHES[chosen]():
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one sentence and exit code 1, Ctrl-C is 130."""
+    try:
+        app(standalone_mode=False)
+    except FedmixError as error:
+        error_console.print(Text(f"fedmix: {error}"), soft_wrap=True)
+        sys.exit(1)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        error_console.print("fedmix: stopped; a run goes on with --resume")
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "click":
+            error.show()  # type: ignore[attr-defined]  # click's own usage errors know how to print themselves
+            sys.exit(getattr(error, "exit_code", 2))
+        raise

@@ -1,0 +1,169 @@
+"""The central evaluation: the held-out set that no site holds, the model it is run on, and what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmix import config
+from fedmix.data import phantom
+from fedmix.data.shard import Shard
+from fedmix.data.tokenizer import Tokenizer
+from fedmix.errors import DataError
+from fedmix.evaluation import suite
+from fedmix.evaluation.features import HeldOut
+from fedmix.federation.local import seed_of
+from fedmix.model.encoder import MixedModel
+from server.store import Parameters
+
+
+def initial_model(experiment: config.Experiment, tokenizer: Tokenizer) -> MixedModel:
+    """The untrained model that a seed stands for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(experiment.seed, "initial model"))
+        return MixedModel(
+            experiment.model,
+            image_size=experiment.data.image_size,
+            max_words=experiment.data.max_words,
+            vocabulary=tokenizer.vocab_size,
+        )
+
+
+def parameters_of(model: MixedModel) -> Parameters:
+    """A model's parameters by name, detached."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def set_parameters(model: MixedModel, parameters: Parameters) -> MixedModel:
+    """Copy parameters into a model."""
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            own.copy_(parameters[name])
+    return model
+
+
+def load(data: config.Data, tokenizer: Tokenizer) -> HeldOut:
+    """The held-out set of an experiment: drawn phantoms, or the test split of prepared shards with their training split
+    for the probe. A shard that a site trains on may be named here: only its test split is evaluated on.
+    """
+    if data.held_out.phantom is not None:
+        return _phantoms(data.held_out.phantom, data, tokenizer)
+    return of_shards([Shard.open(path) for path in data.held_out.shards], data.image_size, tokenizer)
+
+
+def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) -> HeldOut:
+    """Training splits (for probes) and test splits of shards as one held-out set; labels are matched by name."""
+    images: list[NDArray[np.uint8]] = []
+    words: list[NDArray[np.int64] | None] = []
+    labels: list[NDArray[np.int8]] = []
+    patients: list[str] = []
+    is_train: list[bool] = []
+    image_row: list[int] = []
+    names = sorted({name for shard in shards for name in shard.label_names})
+    for shard in shards:
+        if shard.has_text.any() and shard.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise DataError(f"held-out shard {shard.path}: prepared with another tokenizer; prepare it again")
+        if shard.has_image.any() and shard.image_size != image_size:
+            raise DataError(f"held-out shard {shard.path}: images of {shard.image_size} px, the model wants {image_size}")
+        columns = [names.index(name) for name in shard.label_names]
+        for row in np.concatenate([shard.select("train"), shard.select("test")]):
+            image = shard.image(int(row))
+            image_row.append(-1 if image is None else len(images))
+            if image is not None:
+                images.append(image)
+            words.append(shard.words(int(row)))
+            line = np.full(len(names), -1, np.int8)
+            line[columns] = shard.labels[row]
+            labels.append(line)
+            patients.append(str(shard.patient[row]))
+            is_train.append(shard.split[int(row)] == "train")
+    stacked = np.stack(images) if images else None
+    return HeldOut(
+        images=stacked,
+        words=words if any(ids is not None for ids in words) else None,
+        labels=np.stack(labels) if names else None,
+        label_names=tuple(names),
+        patient=np.array(patients),
+        is_probe_train=np.array(is_train),
+        mean_image=_mean_image(stacked, image_row, is_train),
+        image_row=np.array(image_row),
+    )
+
+
+def _phantoms(wanted: config.PhantomData, data: config.Data, tokenizer: Tokenizer) -> HeldOut:
+    drawn = phantom.generate(
+        wanted.studies, look=wanted.look, seed=wanted.seed, size=data.image_size, difficulty=wanted.difficulty
+    )
+    assert drawn.images is not None
+    assert drawn.reports is not None
+    num_probe = data.held_out.probe_studies
+    if num_probe >= wanted.studies:
+        raise DataError(f"held_out.probe_studies = {num_probe} leaves no test study of {wanted.studies}; lower it")
+    is_train = np.arange(wanted.studies) < num_probe
+    straddling = drawn.patient == drawn.patient[num_probe]
+    is_train[straddling] = False  # a patient's studies stay on one side
+    return HeldOut(
+        images=drawn.images,
+        words=[np.array(ids, np.int64) for ids in tokenizer.encode(drawn.reports, data.max_words)],
+        labels=drawn.labels,
+        label_names=phantom.LABELS,
+        patient=drawn.patient,
+        is_probe_train=is_train,
+        mean_image=drawn.images[is_train].mean(axis=0) / 255.0,
+    )
+
+
+def _mean_image(images: NDArray[np.uint8] | None, image_row: Sequence[int], is_train: Sequence[bool]) -> NDArray[Any] | None:
+    """The mean of the training split's images; a baseline must not have seen the test images."""
+    if images is None:
+        return None
+    rows = [row for row, train in zip(image_row, is_train, strict=True) if train and row >= 0]
+    if not rows:
+        raise DataError("the held-out shards have no image in their training split, which gives the mean image")
+    mean_SS: NDArray[Any] = images[rows].mean(axis=0) / 255.0
+    return mean_SS
+
+
+def settings_of(experiment: config.Experiment) -> suite.EvaluationSettings:
+    """The experiment's evaluation section as the evaluation room takes it."""
+    wanted = experiment.evaluation
+    return suite.EvaluationSettings(
+        gallery=wanted.gallery,
+        mask_ratio=wanted.mask_ratio,
+        num_probe_train=experiment.data.held_out.probe_studies,
+        num_bootstrap=wanted.num_bootstrap,
+        max_images_regeneration=wanted.regeneration_images,
+        seed=experiment.seed,
+    )
+
+
+def write_examples(folder: Path, examples: Mapping[str, Any], held_out: HeldOut, tokenizer: Tokenizer, source: str) -> None:
+    """Keep a few pictures and retrieved reports for the HTML report; only of phantoms or public studies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, NDArray[Any]] = {}
+    if "regeneration" in examples:
+        panel = examples["regeneration"]
+        for name in ("original", "masked", "regenerated", "regenerated_with_report"):
+            value = getattr(panel, name)
+            if value is not None:
+                arrays[name] = np.asarray(value, np.float32)
+    found = examples.get("retrieval", ())
+    if found:
+        arrays["retrieval_image"] = np.stack([one.image for one in found])
+    np.savez_compressed(folder / "examples.npz", allow_pickle=False, **arrays)
+    described = [
+        {
+            "image": number,
+            "texts": [tokenizer.decode(ids.tolist()) for ids in one.top_words],
+            "correct": list(one.is_right),
+            "truth": tokenizer.decode(held_out.words_of(np.array([one.study]))[0].tolist()),
+        }
+        for number, one in enumerate(found)
+    ]
+    (folder / "examples.json").write_text(json.dumps({"retrieval": described, "source": source}))

@@ -1,0 +1,82 @@
+"""From an experiment's sites to prepared shards on this machine: phantoms are drawn once and kept, shards taken as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fedmix import config
+from fedmix.data import phantom
+from fedmix.data.shard import Shard, write_arrays
+from fedmix.data.tokenizer import Tokenizer
+from fedmix.errors import DataError
+
+# Phantoms are nobody, so the key that hides their patients is public.
+PHANTOM_KEY = hashlib.sha256(b"fedmix phantoms").digest()
+
+
+def prepare_sites(
+    data: config.Data, tokenizer: Tokenizer, *, on_site: Callable[[str], None] = lambda name: None
+) -> dict[str, Path]:
+    """The shard of every site by name; draws the phantoms that are not there yet."""
+    shards = {}
+    for site in data.sites:
+        on_site(site.name)
+        if site.phantom is not None:
+            shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer)
+            continue
+        assert site.shard is not None
+        if not site.shard.is_dir():
+            raise DataError(f"site {site.name}: there is no shard at {site.shard}; make one with `fedmix prepare`")
+        shards[site.name] = site.shard
+    return shards
+
+
+def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: config.Data, tokenizer: Tokenizer) -> Path:
+    """A shard of drawn phantoms, kept under a name that says everything it depends on."""
+    recipe = [phantom.fingerprint(), wanted.model_dump(), stream, data.image_size, data.max_words, tokenizer.fingerprint]
+    path = data.cache / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
+    if path.is_dir():
+        try:
+            Shard.open(path)
+        except DataError:  # an older or damaged copy of something that can be drawn again
+            pass
+        else:
+            return path
+    drawn = phantom.generate(
+        wanted.studies,
+        look=wanted.look,
+        seed=wanted.seed,
+        size=data.image_size,
+        difficulty=wanted.difficulty,
+        images=stream != "text",
+        reports=stream != "image",
+    )
+    every, none = np.ones(wanted.studies, bool), np.zeros(wanted.studies, bool)
+    try:
+        data.cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep phantoms under {data.cache}: {error.strerror}; set data.cache to a folder you may write"
+        ) from None
+    write_arrays(
+        path,
+        images=drawn.images,
+        texts=drawn.reports,
+        has_image=none if stream == "text" else every,
+        has_text=none if stream == "image" else every,
+        labels=drawn.labels,
+        label_names=phantom.LABELS,
+        patients=drawn.patient,
+        splits=["train"] * wanted.studies,  # the held-out set is another draw
+        tokenizer=tokenizer,
+        key=PHANTOM_KEY,
+        max_words=data.max_words,
+        image_size=data.image_size,
+        replace=path.exists(),
+    )
+    return path

@@ -1,0 +1,210 @@
+"""A whole experiment on one machine: shards, the run itself, its baselines, central evaluation and the report.
+
+Every step can be repeated: phantoms are kept, rounds are committed, a finished baseline is not trained again. So a run
+that was stopped goes on with ``resume`` where it was, and the report is the same as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from client.app import Place
+from fedmix import config
+from fedmix.data.tokenizer import Tokenizer
+from fedmix.errors import FedmixError, RunError
+from fedmix.evaluation import suite
+from fedmix.evaluation.features import HeldOut
+from fedmix.report import html, summary
+from server import held_out as central
+from server.app import build_app
+from server.model_folder import save_model
+from server.store import Parameters, RunStore
+from simulations import baselines, engine
+from simulations.partition import prepare_sites
+
+EngineName = Literal["inprocess", "ray"]
+RANDOM_INIT = "random_init"
+
+
+class View(Protocol):
+    """What shows a run while it goes on (fedmix/report/terminal.py)."""
+
+    def start(self, total_rounds: int, sites: Mapping[str, str]) -> None:
+        """A run of so many rounds over sites, given as name and stream, begins."""
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl has come."""
+
+    def say(self, sentence: str) -> None:
+        """Something that is not a round begins: drawing phantoms, evaluating, a baseline."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the run and its baselines share."""
+
+    tokenizer: Tokenizer
+    shards: dict[str, Path]
+    held_out: HeldOut
+    engine: EngineName
+    view: View
+
+
+def simulate(experiment: config.Experiment, out: Path, *, engine_name: EngineName, resume: bool, view: View) -> Path:
+    """Run an experiment and its baselines; returns the path of report.html.
+
+    Raises FedmixError for everything a user can mend; the run folder then says ``failed`` and why. Ctrl-C leaves the run
+    ``running``, to be taken up with ``resume``.
+    """
+    started = time.time()
+    store = RunStore(out, experiment, resume=resume)
+    try:
+        view.say("drawing phantoms and opening shards")
+        ready = _prepare(experiment, engine_name, view)
+        parameters = _train(experiment, store, ready)
+        evaluation = _evaluate(experiment, parameters, ready, store.folder, "the model")
+        save_model(store.folder / "model", experiment, parameters, ready.tokenizer)
+        found = {name: _baseline(experiment, name, out, ready) for name in experiment.baselines}
+        _write_report(experiment, store, evaluation, found, wall_s=time.time() - started)
+    except FedmixError as error:
+        store.finish("failed", str(error))
+        raise
+    return html.write_report(out)
+
+
+def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View) -> Ready:
+    tokenizer = Tokenizer.load(experiment.data.tokenizer)
+    shards = prepare_sites(experiment.data, tokenizer)
+    return Ready(tokenizer, shards, central.load(experiment.data, tokenizer), engine_name, view)
+
+
+def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Parameters:
+    """Run the rounds that are not yet committed and return the final parameters."""
+    committed = store.latest()
+    if committed is None or committed.round_number < experiment.num_rounds:
+        ready.view.start(experiment.num_rounds, {site.name: site.stream for site in experiment.data.sites})
+        places = [
+            Place(site.name, store.folder / "config.yaml", ready.shards[site.name], store.folder / "sites" / site.name)
+            for site in experiment.data.sites
+        ]
+        app = build_app(experiment, store, watch=ready.view.update, held_out=ready.held_out)
+        threads = experiment.federation.threads_per_site
+        if ready.engine == "ray":
+            engine.run_on_ray(app, places, threads_per_site=threads)
+        else:
+            num_workers = experiment.federation.workers or engine.default_workers(len(places), threads)
+            engine.run_in_process(app, places, num_workers=num_workers)
+        committed = store.latest()
+    if committed is None or committed.round_number < experiment.num_rounds:
+        raise RunError("the engine stopped before the last round; go on with --resume")
+    return committed.parameters
+
+
+def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Ready, folder: Path, what: str) -> dict[str, Any]:
+    """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it."""
+    path = folder / "evaluation" / "evaluation.json"
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    ready.view.say(f"evaluating {what}")
+    started = time.time()
+    model = central.set_parameters(central.initial_model(experiment, ready.tokenizer), parameters)
+    evaluation = suite.evaluate(model, ready.held_out, tokenizer=ready.tokenizer, settings=central.settings_of(experiment))
+    source = _source(experiment)
+    if source is not None:
+        central.write_examples(folder / "evaluation", evaluation.examples, ready.held_out, ready.tokenizer, source)
+    result = {"report": evaluation.as_report(), "seconds": time.time() - started}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    summary.write_json(path, result)
+    return result
+
+
+def _source(experiment: config.Experiment) -> str | None:
+    """Whose pictures a report may show: phantoms' and public studies', never a site's."""
+    if experiment.data.held_out.phantom is not None:
+        return "phantom"
+    return "public" if experiment.data.held_out.public else None
+
+
+def _baseline(experiment: config.Experiment, name: str, out: Path, ready: Ready) -> dict[str, Any]:
+    """Train what a baseline changes in a run folder of its own, and evaluate it like the main run."""
+    other = config.variant(experiment, name)
+    folder = out / "baselines" / name
+    if name == RANDOM_INIT:
+        parameters = central.parameters_of(central.initial_model(other, ready.tokenizer))
+        return _evaluate(other, parameters, ready, folder, "the untrained model")
+    if name in baselines.SPECIAL:
+        ready.view.say(f"baseline {name}")
+        trained = baselines.SPECIAL[name](other, ready.shards, ready.tokenizer)
+        return _evaluate(other, trained, ready, folder, name)
+    ready.view.say(f"baseline {name}")
+    store = _store(folder, other)
+    parameters = _train(other, store, ready)
+    store.finish("completed")
+    return _evaluate(other, parameters, ready, folder, name)
+
+
+def _store(folder: Path, experiment: config.Experiment) -> RunStore:
+    """A baseline's run folder: taken up where it was, or begun; one that a kill left without a manifest is begun anew."""
+    if (folder / "manifest.json").exists():
+        return RunStore(folder, experiment, resume=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return RunStore(folder, experiment, resume=False)
+
+
+def _write_report(
+    experiment: config.Experiment, store: RunStore, evaluation: dict[str, Any], found: Mapping[str, Any], *, wall_s: float
+) -> None:
+    committed = store.latest()
+    assert committed is not None
+    totals = committed.totals
+    store.finish("completed")
+    manifest = store.manifest
+    sites = [
+        {
+            "name": site.name,
+            "stream": site.stream,
+            "studies": int(totals.get(f"studies/{site.name}", 0)),
+            "examples": int(totals.get(f"examples/{site.name}", 0)),
+            "bytes_up": int(totals.get(f"bytes_up/{site.name}", 0)),
+            "bytes_down": int(totals.get(f"bytes_down/{site.name}", 0)),
+        }
+        for site in experiment.data.sites
+    ]
+    report = summary.build_report(
+        run={
+            "name": experiment.name,
+            "state": "completed",
+            "seed": experiment.seed,
+            "started": manifest["started"],
+            "finished": manifest["finished"],
+            "rounds": experiment.num_rounds,
+        },
+        sites=sites,
+        evaluation=evaluation["report"],
+        baselines={name: {"evaluation": one["report"]} for name, one in found.items()},
+        communication={
+            "bytes_up": _sum(totals, "bytes_up/"),
+            "bytes_down": _sum(totals, "bytes_down/"),
+            "bytes_full_fp32": int(totals.get("bytes_full_fp32", 0)),
+        },
+        privacy={"mode": "none"},
+        timing={
+            "wall_s": wall_s,
+            "local_train_s": totals["local_train_s"],
+            "aggregate_s": totals["aggregate_s"],
+            "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),
+            "overhead_ratio": totals["rounds_s"] / totals["local_train_s"],
+        },
+    )
+    summary.write_json(store.folder / "report.json", report)
+
+
+def _sum(totals: Mapping[str, float], prefix: str) -> int:
+    return int(sum(value for name, value in totals.items() if name.startswith(prefix)))
