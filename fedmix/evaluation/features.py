@@ -1,0 +1,390 @@
+"""What an evaluator is given: an encoder, studies no site ever trained on, and what the encoder says of them.
+
+Everything here runs without gradients and puts the encoder back into the mode it came in. ``torch.no_grad`` is used and
+not ``inference_mode``: an encoder may cache a table (positions, a mask) on its first call, and a table born in
+inference mode breaks the next training step.
+
+Shapes: N studies, S pixels a side, L words, E embedding, F features, K labels, P patches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedmix.errors import ConfigError, DataError, FedmixError
+
+Report = dict[str, Any]  # a branch of report.json: only dicts, lists, strings, numbers and None
+Prompts = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]  # label -> (positive sentences, negative sentences)
+
+
+class NotEvaluableError(FedmixError):
+    """A task has no answer for this encoder or held-out set; the report carries the message as the reason."""
+
+
+class Encoder(Protocol):
+    """What evaluation asks of a model; pixels are 0..1, word ids are padded with 0, embeddings have unit norm."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of one patch."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of one image."""
+
+    def encode_image(self, image_BSS: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, E]."""
+
+    def encode_text(self, words_BL: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, E]."""
+
+    def image_features(self, image_BSS: Tensor) -> Tensor:
+        """Features [B, F] for a probe."""
+
+    def text_features(self, words_BL: Tensor) -> Tensor:
+        """Features [B, F] for a probe."""
+
+    def regenerate(self, image_BSS: Tensor, hidden_BP: Tensor, words_BL: Tensor | None = None) -> Tensor:
+        """Every patch predicted from those that are not hidden: [B, S, S], unclamped."""
+
+    def word_logits(self, words_BL: Tensor, image_BSS: Tensor | None = None) -> Tensor:
+        """Scores [B, L, V] of each word of the vocabulary at each place."""
+
+
+class Vocabulary(Protocol):
+    """The part of a tokenizer that evaluation uses."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def mask_id(self) -> int:
+        """The id that hides a word."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are no words and are never hidden."""
+
+    def encode(self, texts: Sequence[str], max_words: int) -> list[list[int]]:
+        """Ids of each text, the summary token first."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The central held-out set: N studies of patients that no site trained on.
+
+    ``images``: uint8 [M, S, S], or None. ``image_row``: int64 [N], the row of ``images`` that belongs to each study,
+    -1 where it has none; None says that study i owns row i.
+    ``words``: per study its ids with the summary token, None or empty where it has no report; None if no study has one.
+    ``labels``: [N, K], 1 present, 0 absent, -1 unknown (bool is accepted), or None.
+    ``patient``: [N], any values that tell patients apart. ``is_probe_train``: bool [N], True for the studies that may
+    train a probe; the others are the test studies and share no patient with them.
+    ``mean_image``: float [S, S] in 0..1, a public mean image (for instance of the probe-train studies), the baseline of
+    regeneration; needed where there are images.
+    """
+
+    images: NDArray[np.uint8] | None
+    words: Sequence[NDArray[np.int64] | None] | None
+    labels: NDArray[Any] | None
+    label_names: tuple[str, ...]
+    patient: NDArray[Any]
+    is_probe_train: NDArray[np.bool_]
+    mean_image: NDArray[Any] | None = None
+    image_row: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        """Check once, where data enters; store labels as int8 and the image rows explicitly."""
+        if self.labels is not None:
+            object.__setattr__(self, "labels", np.asarray(self.labels).astype(np.int8))
+        if self.image_row is None:
+            rows = np.full(len(self), -1, np.int64) if self.images is None else np.arange(len(self.images), dtype=np.int64)
+            object.__setattr__(self, "image_row", rows)
+        self._check_lengths()
+        self._check_values()
+
+    def __len__(self) -> int:
+        return len(self.patient)
+
+    def _check_lengths(self) -> None:
+        parts = {"words": self.words, "labels": self.labels, "is_probe_train": self.is_probe_train, "image_row": self.image_row}
+        for name, part in parts.items():
+            if part is not None and len(part) != len(self):
+                raise DataError(f"held-out {name} has {len(part)} rows, expected one for each of the {len(self)} studies")
+        if self.labels is not None and self.labels.shape != (len(self), len(self.label_names)):
+            expected = (len(self), len(self.label_names))
+            raise DataError(f"held-out labels are {self.labels.shape}, expected {expected}: one column for each label name")
+
+    def _check_values(self) -> None:
+        if self.labels is not None and not np.isin(self.labels, (-1, 0, 1)).all():
+            raise DataError("held-out labels must be 1 (present), 0 (absent) or -1 (unknown)")
+        num_shared = len(np.intersect1d(self.patient[self.is_probe_train], self.patient[~self.is_probe_train]))
+        if num_shared:
+            raise DataError(
+                f"{num_shared} held-out patients are both in the test and in the probe's training; split by patient"
+            )
+        if self.images is None:
+            return
+        if self.images.ndim != 3 or self.images.dtype != np.uint8:
+            raise DataError(f"held-out images are {self.images.dtype} {self.images.shape}, expected uint8 [rows, size, size]")
+        if self.mean_image is None or self.mean_image.shape != self.images.shape[1:] or not 0 <= self.mean_image.max() <= 1:
+            raise DataError(f"held-out mean_image must be float {self.images.shape[1:]} in 0..1, the baseline of regeneration")
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        """Bool [N]: studies with an image."""
+        assert self.image_row is not None  # filled in __post_init__
+        return np.asarray(self.image_row >= 0, bool)
+
+    @property
+    def has_text(self) -> NDArray[np.bool_]:
+        """Bool [N]: studies with a report."""
+        if self.words is None:
+            return np.zeros(len(self), bool)
+        return np.array([ids is not None and len(ids) > 0 for ids in self.words], bool)
+
+    @property
+    def has_label(self) -> NDArray[np.bool_]:
+        """Bool [N]: studies with at least one known label."""
+        if self.labels is None:
+            return np.zeros(len(self), bool)
+        return np.asarray((self.labels >= 0).any(axis=1), bool)
+
+    def images_of(self, studies: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images uint8 [n, S, S] of studies that have one."""
+        assert self.images is not None
+        assert self.image_row is not None
+        return np.asarray(self.images[self.image_row[studies]])
+
+    def words_of(self, studies: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Word ids of studies that have a report."""
+        assert self.words is not None
+        return [np.asarray(self.words[study], np.int64) for study in studies]
+
+    def labels_of(self, studies: NDArray[np.int64]) -> NDArray[np.int8]:
+        """Labels int8 [n, K] of studies."""
+        assert self.labels is not None
+        return np.asarray(self.labels[studies])
+
+    def take(self, studies: NDArray[np.int64]) -> HeldOut:
+        """The same held-out set with only these studies; images are not copied."""
+        assert self.image_row is not None
+        return HeldOut(
+            images=self.images,
+            words=None if self.words is None else [self.words[study] for study in studies],
+            labels=None if self.labels is None else self.labels[studies],
+            label_names=self.label_names,
+            patient=self.patient[studies],
+            is_probe_train=self.is_probe_train[studies],
+            mean_image=self.mean_image,
+            image_row=self.image_row[studies],
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much to evaluate and with which seed; every number is the same for every method that is compared."""
+
+    gallery: int = 500  # studies a query chooses from; recall depends on it, so it is fixed (feasibility.md)
+    mask_ratio: float = 0.75  # share of patches hidden for regeneration (MAE)
+    text_mask_ratio: float = 0.15  # share of words hidden for the language task (BERT)
+    num_probe_train: int = 1000  # labelled studies that train the linear probe
+    num_few_train: int = 100  # labelled studies that train the few-label probe
+    num_bootstrap: int = 200  # resamples of patients behind each 95 % interval; 0 leaves intervals out
+    max_images_regeneration: int = 500
+    max_texts_language: int = 1000
+    max_prompt_words: int = 64
+    num_examples: int = 4  # studies shown in the report's pictures
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name in ("mask_ratio", "text_mask_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"evaluation {name} is {getattr(self, name)}, expected more than 0 and less than 1")
+        may_be_zero = ("num_bootstrap", "num_examples", "seed")
+        for name, value in vars(self).items():
+            least = 0 if name in may_be_zero else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"evaluation {name} is {value}, expected at least {least}")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one task found: its branch of report.json, arrays for pictures, and parts it had to skip (name -> reason)."""
+
+    values: Report
+    examples: Any = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """All a task may look at; what several tasks need of the encoder is computed once and kept."""
+
+    encoder: Encoder
+    held_out: HeldOut
+    vocabulary: Vocabulary
+    prompts: Prompts
+    settings: EvaluationSettings
+
+    def __post_init__(self) -> None:
+        """An encoder of another image size would fail later, in the middle of a task."""
+        images = self.held_out.images
+        if images is not None and images.shape[1] != self.encoder.image_size:
+            raise DataError(
+                f"held-out images are {images.shape[1]} pixels a side, the model expects {self.encoder.image_size}; "
+                "prepare the held-out set at the model's size"
+            )
+
+    def test_studies(
+        self, *, image: bool = False, text: bool = False, label: bool = False, most: int | None = None
+    ) -> NDArray[np.int64]:
+        """Indices of the test studies that own all that is asked for, at most ``most`` of them drawn at random.
+
+        NotEvaluableError if there are fewer than two.
+        """
+        studies = self._studies(~self.held_out.is_probe_train, image=image, text=text, label=label)
+        if len(studies) < 2:
+            asked = [name for name, wanted in (("an image", image), ("a report", text), ("a label", label)) if wanted]
+            raise NotEvaluableError(f"{len(studies)} test studies have {' and '.join(asked)}; at least 2 are needed")
+        return np.sort(random_for(self.settings.seed, "test studies").permutation(studies)[:most])
+
+    def probe_studies(self, *, image: bool = False, text: bool = False) -> NDArray[np.int64]:
+        """Indices of the labelled studies that may train a probe; NotEvaluableError if there are fewer than two."""
+        studies = self._studies(self.held_out.is_probe_train, image=image, text=text, label=True)
+        if len(studies) < 2:
+            raise NotEvaluableError(f"{len(studies)} labelled studies may train a probe; at least 2 are needed")
+        return studies
+
+    def _studies(self, chosen: NDArray[np.bool_], *, image: bool, text: bool, label: bool) -> NDArray[np.int64]:
+        held_out = self.held_out
+        for wanted, present in ((image, held_out.has_image), (text, held_out.has_text), (label, held_out.has_label)):
+            chosen = chosen & present if wanted else chosen
+        return np.flatnonzero(chosen)
+
+    @cached_property
+    def _test_images(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        studies = self.test_studies(image=True)
+        return studies, encode_images(self.encoder, self.held_out.images_of(studies), batch_size=self.settings.batch_size)
+
+    def image_embeddings(self, studies: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embeddings [n, E] of test studies with an image, encoded once for all tasks."""
+        encoded, embeddings = self._test_images
+        return embeddings[np.searchsorted(encoded, studies)]
+
+    @cached_property
+    def _labelled_images(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        studies = np.sort(np.concatenate([self.probe_studies(image=True), self.test_studies(image=True, label=True)]))
+        return studies, image_features(self.encoder, self.held_out.images_of(studies), batch_size=self.settings.batch_size)
+
+    def image_features(self, studies: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features [n, F] of labelled studies with an image, computed once for all probes."""
+        computed, features = self._labelled_images
+        return features[np.searchsorted(computed, studies)]
+
+
+def random_for(seed: int, purpose: str) -> np.random.Generator:
+    """A generator that depends on nothing but the seed and what it is used for, so tasks cannot disturb each other."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
+
+
+def device_of(encoder: object) -> torch.device:
+    """Where the encoder lives: the device of its first parameter; the CPU for one without parameters."""
+    if isinstance(encoder, nn.Module):
+        for parameter in encoder.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(encoder: object) -> Iterator[None]:
+    """No gradients and evaluation mode inside; afterwards every submodule is in the mode it was in before."""
+    modules = list(encoder.modules()) if isinstance(encoder, nn.Module) else []
+    was_training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in zip(modules, was_training, strict=True):
+            module.training = training
+
+
+def pixels(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Images uint8 [B, S, S] as the encoder wants them: float 0..1 on its device."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255
+
+
+def padded(words: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:
+    """Ids [B, L] padded with 0 to the longest text of the batch."""
+    ids_BL = np.zeros((len(words), max(map(len, words))), np.int64)
+    for row, ids in zip(ids_BL, words, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(ids_BL).to(device)
+
+
+def batches_by_length(words: Sequence[NDArray[np.int64]], batch_size: int) -> list[NDArray[np.int64]]:
+    """Row indices, grouped so that texts of similar length share a batch: little padding, little waste."""
+    order = np.argsort([len(ids) for ids in words], kind="stable").astype(np.int64)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def encode_images(encoder: Encoder, images: NDArray[np.uint8], *, batch_size: int = 256) -> NDArray[np.float32]:
+    """Embeddings [N, E] of images uint8 [N, S, S], in their order."""
+    return _over_images(encoder, encoder.encode_image, images, batch_size)
+
+
+def image_features(encoder: Encoder, images: NDArray[np.uint8], *, batch_size: int = 256) -> NDArray[np.float32]:
+    """Probe features [N, F] of images uint8 [N, S, S], in their order."""
+    return _over_images(encoder, encoder.image_features, images, batch_size)
+
+
+def encode_texts(encoder: Encoder, words: Sequence[NDArray[np.int64]], *, batch_size: int = 256) -> NDArray[np.float32]:
+    """Embeddings [N, E] of non-empty texts, in their order."""
+    return _over_texts(encoder, encoder.encode_text, words, batch_size)
+
+
+def text_features(encoder: Encoder, words: Sequence[NDArray[np.int64]], *, batch_size: int = 256) -> NDArray[np.float32]:
+    """Probe features [N, F] of non-empty texts, in their order."""
+    return _over_texts(encoder, encoder.text_features, words, batch_size)
+
+
+def _over_images(
+    encoder: Encoder, call: Callable[[Tensor], Tensor], images: NDArray[np.uint8], batch_size: int
+) -> NDArray[np.float32]:
+    device = device_of(encoder)
+    with evaluating(encoder):
+        parts = [call(pixels(images[i : i + batch_size], device)).float().cpu() for i in range(0, len(images), batch_size)]
+    return _finite(torch.cat(parts))
+
+
+def _over_texts(
+    encoder: Encoder, call: Callable[[Tensor], Tensor], words: Sequence[NDArray[np.int64]], batch_size: int
+) -> NDArray[np.float32]:
+    device = device_of(encoder)
+    groups = batches_by_length(words, batch_size)
+    with evaluating(encoder):
+        parts = [call(padded([words[row] for row in rows], device)).float().cpu() for rows in groups]
+    rows_in_order = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(groups)))]
+    return _finite(rows_in_order)
+
+
+def _finite(values: Tensor) -> NDArray[np.float32]:
+    # A diverged model must end in a report that says so, not in a stack trace from inside scikit-learn.
+    if not bool(values.isfinite().all()):
+        raise NotEvaluableError("the encoder returned values that are not finite; training has probably diverged")
+    array: NDArray[np.float32] = values.numpy()
+    return array
