@@ -124,9 +124,9 @@ class RunStore:
             file.write(json.dumps(row) + "\n")
         return row
 
-    def finish(self, state: str, why: str | None = None) -> None:
+    def finish(self, state: str, cause: str | None = None) -> None:
         """Say how the run ended: completed, failed and why, or running and therefore resumable."""
-        self._manifest |= {"state": state, "why": why, "finished": time.time()}
+        self._manifest |= {"state": state, "cause": cause, "finished": time.time()}
         self._write_manifest()
 
     def _begin(self) -> None:
@@ -156,7 +156,7 @@ class RunStore:
         for partial in self._checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
         self._drop_lost_rows()
-        self._manifest |= {"state": "running", "why": None}
+        self._manifest |= {"state": "running", "cause": None}
         self._write_manifest()
 
     def _drop_lost_rows(self) -> None:
@@ -200,7 +200,7 @@ def _manifest(experiment: config.Experiment) -> dict[str, Any]:
         },
         "started": time.time(),
         "state": "running",
-        "why": None,
+        "cause": None,
     }
 
 

@@ -1,0 +1,296 @@
+"""A run in the terminal: a live view while it trains, one plain line a round where there is no terminal, a table at the end.
+
+Everything that comes from data (site, stage and metric names) is put into Text, never parsed as markup, and stripped of
+control characters: a site cannot colour, move or rewrite the coordinator's screen.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedmix.report import measures, quantities
+from fedmix.report.history import EXAMPLES, Entry, is_loss, parse_entry
+from fedmix.report.measures import Cell, Grid
+from fedmix.report.summary import Report
+
+MAX_SITE_ROWS = 16  # a taller table would push the progress bar off the screen
+NARROW = 84  # columns below which the table drops what the report will tell anyway
+LOSS_WIDTH = {False: 22, True: 52}  # columns for the losses of a site, narrow and wide
+PACE_ROUNDS = 5  # rounds that the time left is told from
+STREAM_COLOURS = {"image": "blue", "text": "yellow", "paired": "magenta"}
+STATE_COLOURS = {"sent": "green", "missed": "red"}
+
+
+@dataclass
+class SiteState:
+    """What is known of one site: its last round, and the bytes it has sent in all."""
+
+    stream: str
+    state: str = "waiting"
+    losses: dict[str, float] = field(default_factory=dict)
+    examples_per_s: float | None = None
+    bytes_up: float = 0.0
+
+
+@dataclass
+class Progress:
+    """A run as its metric rows tell it; knows nothing of screens."""
+
+    total_rounds: int = 0
+    sites: dict[str, SiteState] = field(default_factory=dict)
+    stage: str = ""
+    round: int = 0
+    num_failed: int = 0
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    evaluation_round: int = 0
+    reported: set[str] = field(default_factory=set)
+    round_ends: list[float] = field(default_factory=list)
+    round_seconds: float | None = None
+    is_open: bool = False  # some site has reported in a round that has not ended
+
+    def add(self, entry: Entry) -> None:
+        """Take in one row."""
+        self.stage = entry.stage or self.stage
+        if entry.event == "site" and entry.site is not None:
+            self._add_site(entry.site, entry.values)
+        elif entry.event == "round":
+            self._end_round(entry)
+        elif entry.event == "evaluation":
+            self.evaluation, self.evaluation_round = dict(entry.values), entry.round
+
+    def seconds_left(self) -> float | None:
+        """Time left at the pace of the last rounds, what lies between them included; None before the first round ends."""
+        recent = self.round_ends[-PACE_ROUNDS - 1 :]
+        gaps = [later - earlier for earlier, later in pairwise(recent)]
+        pace = statistics.mean(gaps) if gaps else self.round_seconds
+        return None if pace is None else max(self.total_rounds - self.round, 0) * pace
+
+    def mean_losses(self) -> dict[str, float]:
+        """Each training loss as the plain mean over the sites that last had it; for the eye, not for the record."""
+        names = dict.fromkeys(name for site in self.sites.values() for name in site.losses)
+        return {
+            name: statistics.mean(site.losses[name] for site in self.sites.values() if name in site.losses) for name in names
+        }
+
+    def bytes_up(self) -> float:
+        """Bytes that all sites have sent."""
+        return sum(site.bytes_up for site in self.sites.values())
+
+    def _add_site(self, name: str, values: Mapping[str, float]) -> None:
+        if not self.is_open:
+            self.is_open, self.reported = True, set()
+            for other in self.sites.values():
+                other.state = "waiting"
+        site = self.sites.setdefault(name, SiteState(stream=""))
+        self.reported.add(name)
+        site.state = "sent"
+        site.losses = {metric.split("/")[1]: value for metric, value in values.items() if is_loss(metric)}
+        seconds = values.get("time/train_s", 0.0)
+        examples = sum(values.get(metric, 0.0) for metric in EXAMPLES)
+        site.examples_per_s = examples / seconds if seconds > 0 else None
+        site.bytes_up += values.get("comm/bytes_up", 0.0)
+
+    def _end_round(self, entry: Entry) -> None:
+        self.is_open = False
+        self.round = entry.round
+        self.round_seconds = entry.values.get("time/round_s")
+        self.num_failed += int(entry.values.get("num_failed", 0))
+        if entry.time is not None:
+            self.round_ends.append(entry.time)
+        for name, site in self.sites.items():
+            if name not in self.reported:
+                site.state = "missed" if entry.values.get("num_failed") and site.state == "waiting" else "idle"
+
+
+class LiveView:
+    """Shows a run while it trains: ``start`` it with the plan, ``update`` it with every row of metrics.jsonl.
+
+    Draws over itself in a terminal; elsewhere, and under CI, NO_COLOR or a dumb TERM, prints one plain line a round.
+    """
+
+    def __init__(self, console: Console | None = None, *, is_plain: bool | None = None) -> None:
+        self.console = console or Console()
+        self.is_plain = wants_plain(self.console) if is_plain is None else is_plain
+        self.progress = Progress()
+        self._live: Live | None = None
+
+    def __enter__(self) -> LiveView:
+        if not self.is_plain:
+            self._live = Live(console=self.console, auto_refresh=False, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def start(self, total_rounds: int, sites: Mapping[str, str]) -> None:
+        """Begin a run of so many rounds over sites, given as name and stream."""
+        self.progress = Progress(total_rounds, {name: SiteState(stream) for name, stream in sites.items()})
+        if self.is_plain:
+            self._print(f"{quantities.plural(total_rounds, 'round')}, {quantities.plural(len(sites), 'site')}")
+        self._draw()
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Take in one row of metrics.jsonl and show what it changed."""
+        entry = parse_entry(row)
+        self.progress.add(entry)
+        if self.is_plain and entry.event == "round":
+            self._print(round_line(self.progress))
+        elif self.is_plain and entry.event == "evaluation":
+            self._print(f"round {entry.round} evaluation  {values_text(entry.values)}")
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(view(self.progress, self.console.width), refresh=True)
+
+    def _print(self, line: str) -> None:
+        # soft_wrap: a line of a log is one line, however narrow the terminal that reads it.
+        self.console.print(Text(printable(line)), soft_wrap=True, highlight=False)
+
+
+def wants_plain(console: Console) -> bool:
+    """Whether drawing over the screen would leave rubbish: no terminal, a dumb one, a CI log, or NO_COLOR."""
+    asked = bool(os.environ.get("NO_COLOR")) or os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return asked or not console.is_terminal or console.is_dumb_terminal
+
+
+def printable(text: str) -> str:
+    """Text with every control character, line break and unprintable sign replaced."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+def round_line(progress: Progress) -> str:
+    """A finished round in one line."""
+    parts = [
+        f"round {progress.round}/{progress.total_rounds}",
+        progress.stage,
+        quantities.plural(len(progress.reported), "site"),
+        values_text(progress.mean_losses()),
+        quantities.duration(progress.round_seconds),
+        f"up {quantities.size(progress.bytes_up())}",
+    ]
+    if progress.num_failed:
+        parts.append(f"failed {progress.num_failed}")
+    if (left := progress.seconds_left()) is not None and progress.round < progress.total_rounds:
+        parts.append(f"left {quantities.duration(left)}")
+    return "  ".join(part for part in parts if part)
+
+
+def values_text(values: Mapping[str, float]) -> str:
+    """Names and values in a row."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def view(progress: Progress, width: int) -> RenderableType:
+    """The whole live view at a width in columns."""
+    parts: list[RenderableType] = [_heading(progress), _bar(progress, width)]
+    if progress.sites:
+        parts += [Text(), _site_table(progress, width)]
+    if hidden := len(progress.sites) - MAX_SITE_ROWS:
+        parts += [Text(f"and {quantities.plural(hidden, 'more site')}", style="dim")] if hidden > 0 else []
+    if progress.evaluation:
+        parts += [Text(), _evaluation(progress)]
+    return Group(*parts)
+
+
+def final_table(report: Report) -> Table:
+    """The headline results for the end of a run; its values fit in 60 columns, intervals are in the report."""
+    return grid_table(measures.headline(report), "method")
+
+
+def grid_table(grid: Grid, first_column: str) -> Table:
+    """A headline or comparison grid as a table of point values, the best of each column in bold."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(first_column, vertical="bottom", overflow="fold", min_width=8, ratio=None)
+    for measure in grid.measures:
+        table.add_column(Text(measure.short, justify="right"), justify="right", no_wrap=True)
+    for row in grid.rows:
+        style = "bold cyan" if row.kind == "main" else "dim" if row.kind == "reference" else ""
+        table.add_row(Text(printable(row.name), style=style), *map(_cell_text, row.cells))
+    if grid.notes:
+        table.caption = Text(
+            "\n".join(printable(f"[{number}] {note}") for number, note in enumerate(grid.notes, 1)), style="dim"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def _cell_text(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text()
+    note = f" [{cell.note}]" if cell.note else ""
+    return Text(cell.text.removesuffix(" %") + note, style="bold" if cell.is_best else "")
+
+
+def _heading(progress: Progress) -> Text:
+    text = Text(printable(progress.stage) or "starting", style="bold")
+    text.append(f"  round {progress.round} of {progress.total_rounds}", style="dim")
+    if (left := progress.seconds_left()) is not None and progress.round < progress.total_rounds:
+        text.append(f"  about {quantities.duration(left)} left", style="dim")
+    if progress.num_failed:
+        text.append(f"  {quantities.plural(progress.num_failed, 'reply', 'replies')} failed", style="red")
+    return text
+
+
+def _bar(progress: Progress, width: int) -> ProgressBar:
+    return ProgressBar(
+        total=max(progress.total_rounds, 1), completed=progress.round, width=min(width, 100), complete_style="cyan"
+    )
+
+
+def _site_table(progress: Progress, width: int) -> Table:
+    is_wide = width >= NARROW
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("site", no_wrap=True, overflow="ellipsis", max_width=24 if is_wide else 14)
+    table.add_column("stream", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("loss", no_wrap=True)
+    if is_wide:
+        table.add_column("examples/s", justify="right", no_wrap=True)
+    table.add_column("sent", justify="right", no_wrap=True)
+    for name, site in list(progress.sites.items())[:MAX_SITE_ROWS]:
+        speed = [Text(quantities.count(site.examples_per_s))] if is_wide else []
+        table.add_row(
+            Text(printable(name)),
+            Text(printable(site.stream), style=STREAM_COLOURS.get(site.stream, "")),
+            Text(site.state, style=STATE_COLOURS.get(site.state, "dim")),
+            _loss_text(site.losses, LOSS_WIDTH[is_wide]),
+            *speed,
+            Text(quantities.size(site.bytes_up)),
+        )
+    return table
+
+
+def _loss_text(losses: Mapping[str, float], width: int) -> Text:
+    """Losses in lines of ``width``, broken between losses only: rich would also break between a name and its value."""
+    lines: list[Text] = []
+    for item in (_named(name, value) for name, value in losses.items()):
+        if lines and len(lines[-1]) + 2 + len(item) <= width:
+            lines[-1].append("  ").append_text(item)
+        else:
+            lines.append(item)
+    return Text("\n").join(lines)
+
+
+def _named(name: str, value: float) -> Text:
+    return Text.assemble((f"{printable(name)} ", "dim"), f"{value:.3g}")
+
+
+def _evaluation(progress: Progress) -> Text:
+    text = Text.assemble((f"evaluated after round {progress.evaluation_round}  ", "dim"))
+    return text.append_text(Text("  ").join([_named(name, value) for name, value in progress.evaluation.items()]))

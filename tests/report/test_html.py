@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from synthetic_run import evaluation, manifest, metrics_rows, report_values, write_examples
+
+from fedmix.errors import RunError
+from fedmix.report.html import read_page, write_comparison, write_report
+from fedmix.report.summary import read_report, write_json
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Collects addresses and text, and checks that elements close in the order they open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.images_without_alt = 0
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.images_without_alt += tag == "img" and not named.get("alt")
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def words(path: Path) -> str:
+    text = " ".join(read(path).text).replace("\N{NO-BREAK SPACE}", " ")
+    return " ".join(text.split())
+
+
+def test_report_is_one_file_that_asks_for_nothing_else(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    reader, source = read(path), path.read_text(encoding="utf-8")
+    assert reader.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in reader.addresses)
+    assert "script" not in reader.tags
+    assert "link" not in reader.tags
+    assert not re.search(r"https?://|@import|url\(", source)
+    assert reader.images_without_alt == 0
+
+
+def test_report_stays_under_3_mb_with_large_pictures(run_dir: Path) -> None:
+    write_examples(run_dir / "evaluation", size=224, count=8)
+    assert write_report(run_dir).stat().st_size < 3_000_000
+
+
+def test_report_holds_the_headline_numbers_of_every_method(run_dir: Path) -> None:
+    text = words(write_report(run_dir))
+    report = read_report(run_dir)
+    methods = [report.evaluation, *(baseline.evaluation for baseline in report.baselines.values())]
+    assert len(methods) == 3
+    for found in methods:
+        values = found.model_dump(by_alias=True)
+        for reading in ("zero_shot", "linear_probe"):
+            block = values["classification"][reading]
+            assert f"{block['macro_auroc']:.3f}" in text
+            assert f"{block['ci95'][0]:.3f}–{block['ci95'][1]:.3f}" in text  # noqa: RUF001
+        assert f"{100 * values['retrieval']['image_to_text']['r@10']:.1f} %" in text
+        assert f"{values['regeneration']['psnr_db']:.2f}" in text
+        assert f"{values['language']['bits_per_token']:.2f}" in text
+    for value in ("0.661", "17.12", "20.48", "6.31"):
+        assert value in text, "guesses without a model"
+
+
+def test_every_finding_has_a_bar_with_its_value(run_dir: Path) -> None:
+    text = words(write_report(run_dir))
+    values = read_report(run_dir).evaluation.model_dump()
+    for name, value in values["classification"]["zero_shot"]["per_label"].items():
+        assert name.replace("_", " ") in text
+        assert f"{value:.3f}" in text
+
+
+def test_charts_are_well_formed_and_described(run_dir: Path) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", write_report(run_dir).read_text(encoding="utf-8"), re.DOTALL)
+    charts = [drawing for drawing in map(ElementTree.fromstring, drawings) if drawing.get("role") == "img"]
+    assert len(charts) == 4 + 4 + 2 + 6, "losses, central curves, findings, strips"
+    assert all(chart.get("aria-label") for chart in charts)
+
+
+def test_names_from_data_are_text_and_never_markup(make_run: Callable[..., Path]) -> None:
+    values = report_values()
+    hostile = "<script>alert(1)</script>[red]\"'&"
+    values["sites"][0]["name"] = hostile
+    values["run"]["name"] = hostile
+    values["baselines"][hostile] = {"evaluation": evaluation(0.5)}
+    values["evaluation"]["classification"]["zero_shot"]["per_label"][hostile] = 0.6
+    path = write_report(make_run(**values))
+    reader = read(path)
+    assert "script" not in reader.tags
+    assert hostile in "".join(reader.text)
+    assert html.escape("<script>alert(1)</script>") in path.read_text(encoding="utf-8")
+    for drawing in re.findall(r"<svg.*?</svg>", path.read_text(encoding="utf-8"), re.DOTALL):
+        ElementTree.fromstring(drawing)
+
+
+def test_examples_of_a_site_leave_no_picture_and_no_word(run_dir: Path) -> None:
+    write_examples(run_dir / "evaluation", source="site")
+    path = write_report(run_dir)
+    assert read(path).addresses == []
+    assert "pacemaker is in place" not in words(path)
+    assert "only from synthetic or public studies" in words(path)
+
+
+def test_failed_run_shows_state_and_cause_first_and_what_it_learned(run_dir: Path) -> None:
+    (run_dir / "report.json").unlink()
+    write_json(run_dir / "manifest.json", manifest("failed", cause="round 9: 0 of 2 replies."))
+    text = words(write_report(run_dir))
+    assert "This run failed. round 9: 0 of 2 replies. It wrote no report.json" in text
+    assert text.index("This run failed") < text.index("Masked vision modelling")
+    assert "There is no evaluation" in text
+
+
+def test_failed_run_with_a_report_keeps_its_numbers(make_run: Callable[..., Path]) -> None:
+    run = report_values()["run"] | {"state": "failed", "cause": "evaluation stopped"}
+    text = words(write_report(make_run(run=run)))
+    assert "This run failed. evaluation stopped." in text
+    assert "22.15" in text
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "manifest.json", "config.yaml", "evaluation"])
+def test_each_missing_file_is_told_in_a_sentence(run_dir: Path, missing: str) -> None:
+    target = run_dir / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    sentence = {
+        "metrics.jsonl": "No training losses were recorded.",
+        "manifest.json": "The run folder holds no manifest.json.",
+        "config.yaml": "The run folder holds no config.yaml.",
+        "evaluation": "This run kept no example pictures.",
+    }[missing]
+    assert sentence in words(write_report(run_dir))
+
+
+def test_empty_evaluation_unknown_bytes_and_unknown_times_still_make_a_report(make_run: Callable[..., Path]) -> None:
+    values = report_values(evaluation={}, baselines={}, sites=[])
+    values["communication"] = dict.fromkeys(values["communication"])
+    values["timing"] = dict.fromkeys(values["timing"])
+    text = words(write_report(make_run(**values)))
+    assert "There is no evaluation" in text
+    assert "No times were recorded." in text
+    assert "What each site held was not recorded." in text
+
+
+def test_times_of_sites_side_by_side_are_not_shown_as_shares_of_the_wall(make_run: Callable[..., Path]) -> None:
+    page = read_page(make_run(timing=report_values()["timing"] | {"local_train_s": 900.0}))
+    assert all(part.share is None for part in page.times)
+    whole = read_page(make_run())
+    assert sum(part.share or 0.0 for part in whole.times) == pytest.approx(1.0)
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"neither report\.json nor manifest\.json"):
+        write_report(tmp_path)
+
+
+def test_comparison_is_written_as_html_or_markdown_by_its_name(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    report = read_report(make_run())
+    page = write_comparison(tmp_path / "compare.html", [report, report])
+    assert "22.15" in words(page)
+    assert write_comparison(tmp_path / "compare.md", [report]).read_text().startswith("|")
+
+
+def test_long_runs_of_many_sites_stay_small(run_dir: Path) -> None:
+    rows = metrics_rows(1)
+    with (run_dir / "metrics.jsonl").open("w") as file:
+        import json
+
+        for number in range(1, 801):
+            file.writelines(json.dumps(entry | {"round": number}) + "\n" for entry in rows)
+    assert write_report(run_dir).stat().st_size < 400_000

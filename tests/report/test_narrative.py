@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+from synthetic_run import evaluation, report_values
+
+from fedmix.report import narrative
+from fedmix.report.history import Entry, History
+from fedmix.report.summary import Report, build_report, parse_report
+
+
+def report(**changes: Any) -> Report:
+    return parse_report(build_report(**report_values(**changes)))
+
+
+def story(**changes: Any) -> str:
+    return " ".join(narrative.what_happened(report(**changes), History()))
+
+
+def test_story_names_every_baseline_that_is_ahead() -> None:
+    better, worse = evaluation(1.0, 1), evaluation(0.1, 2)
+    better["regeneration"]["psnr_db"] = 99.0
+    better["language"]["bits_per_token"] = 9.0
+    for part in ("classification", "retrieval"):
+        del better[part]
+    text = story(baselines={"fedavg_all": {"evaluation": better}, "random_init": {"evaluation": worse}})
+    assert "Compared with 2 other methods on 6 measures, ahead of it: fedavg all on PSNR." in text
+
+
+def test_story_says_when_no_baseline_is_ahead_and_nothing_where_there_is_none() -> None:
+    assert "none is ahead" in story(baselines={"random_init": {"evaluation": evaluation(0.0, 2)}})
+    assert "Compared" not in story(baselines={})
+
+
+def test_story_tells_lost_replies_and_rounds_from_the_metrics() -> None:
+    entries = tuple(Entry("round", "masked", number, None, {"num_failed": float(number == 2)}) for number in (1, 2, 3))
+    text = " ".join(narrative.what_happened(report(), History(entries)))
+    assert "for 3 rounds, in 5 min 12 s" in text
+    assert "One reply was lost or refused" in text
+
+
+def test_story_of_an_empty_evaluation_only_says_who_took_part_and_what_was_sent() -> None:
+    empty = report(evaluation={}, baselines={})
+    assert narrative.what_happened(empty, History()) == [
+        "6 sites took part: 3 with images only, 2 with reports only and 1 with both, 12,450 studies in all.",
+        "The sites sent 110 MB; whole float32 models would have been 594 MB, 5.4 times as much.",
+    ]
+
+
+def test_limits_name_the_baselines_that_were_not_run_and_the_missing_privacy_bound() -> None:
+    text = " ".join(narrative.limits(report(), "synthetic phantoms"))
+    assert "Not compared in this run: best site, paired only or centralised." in text
+    assert "No differential privacy bounds" in text
+    assert "synthetic phantoms" in text
+    bounded = {"mode": "dpsgd", "epsilon": 3.0, "delta": 1e-5, "unit": "patient", "accountant": "PRV"}
+    assert "epsilon = 3, delta = 1e-05 for each patient, by the PRV accountant" in " ".join(
+        narrative.limits(report(privacy=bounded), None)
+    )

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from synthetic_run import SITES, evaluation, metrics_rows, report_values, row
+
+from fedmix.report.summary import Report, build_report, parse_report
+from fedmix.report.terminal import LiveView, final_table, view, wants_plain
+
+HOSTILE = "[red]x[/red]\x1b[31m\n"
+
+
+def report(**changes: Any) -> Report:
+    return parse_report(build_report(**report_values(**changes)))
+
+
+def terminal(width: int = 60, *, is_terminal: bool = True) -> Console:
+    environment = {"TERM": "xterm-256color"}
+    return Console(file=io.StringIO(), width=width, height=40, force_terminal=is_terminal, record=True, _environ=environment)
+
+
+@pytest.fixture(autouse=True)
+def _no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def shown(console: Console) -> str:
+    return console.export_text()
+
+
+def fed(width: int, rows: list[dict[str, Any]]) -> str:
+    """What the live view shows after so many rows, without the screen."""
+    live = LiveView(terminal(width), is_plain=True)
+    live.start(30, SITES)
+    for entry in rows:
+        live.update(entry)
+    console = terminal(width)
+    console.print(view(live.progress, width))
+    return shown(console)
+
+
+def test_one_plain_line_a_round_where_there_is_no_terminal() -> None:
+    console = terminal(60, is_terminal=False)
+    with LiveView(console) as live:
+        live.start(30, SITES)
+        for entry in metrics_rows(5):
+            live.update(entry)
+    lines = shown(console).splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "30 rounds, 6 sites", "round 1/30", "round 2/30", "round 3/30", "round 4/30", "round 5/30", "round 5 evaluation",
+    ]  # fmt: skip
+    assert "mvm" in lines[1]
+    assert "\x1b" not in shown(console)
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("CI", "true")])
+def test_plain_under_ci_and_no_color(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    assert not wants_plain(terminal())
+    monkeypatch.setenv(name, value)
+    assert wants_plain(terminal())
+
+
+def test_plain_in_a_dumb_terminal() -> None:
+    assert wants_plain(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"}))
+
+
+def test_live_view_draws_in_a_terminal_and_leaves_the_last_state() -> None:
+    console = terminal(80)
+    with LiveView(console) as live:
+        assert not live.is_plain
+        live.start(30, SITES)
+        for entry in metrics_rows():
+            live.update(entry)
+    assert "round 30 of 30" in shown(console)
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_view_fits_its_width_and_keeps_sites_losses_and_bytes(width: int) -> None:
+    text = fed(width, metrics_rows(25))
+    assert max(map(len, text.splitlines())) <= width
+    for part in (*SITES, "mvm", "mlm", "contrast", "match", "MB", "round 25 of 30", "evaluated after round 25"):
+        assert part in text
+    assert ("examples/s" in text) == (width == 120)
+
+
+def test_states_tell_who_has_sent_and_who_is_missed() -> None:
+    rows = metrics_rows(12)
+    live = LiveView(terminal(), is_plain=True)
+    live.start(30, SITES)
+    for entry in rows:
+        live.update(entry)
+    states = {name: site.state for name, site in live.progress.sites.items()}
+    assert states == {name: "missed" if name == "east" else "sent" for name in SITES}
+    live.update(row("site", "masked", 13, "west", 0.0, {}))
+    assert live.progress.sites["west"].state == "sent"
+    assert live.progress.sites["east"].state == "waiting"
+
+
+def test_time_left_is_rounds_left_at_the_pace_of_the_last_rounds() -> None:
+    live = LiveView(terminal(), is_plain=True)
+    live.start(10, {})
+    live.update(row("round", "masked", 1, None, 100.0, {"time/round_s": 7.0}))
+    assert live.progress.seconds_left() == pytest.approx(63.0)
+    live.update(row("round", "masked", 2, None, 110.0, {"time/round_s": 7.0}))
+    assert live.progress.seconds_left() == pytest.approx(80.0), "what lies between rounds, such as evaluation, counts too"
+
+
+def test_names_from_data_cannot_colour_or_break_the_screen() -> None:
+    for is_terminal in (True, False):
+        console = terminal(100, is_terminal=is_terminal)
+        with LiveView(console) as live:
+            live.start(3, {HOSTILE: HOSTILE})
+            live.update(row("site", HOSTILE, 1, HOSTILE, 0.0, {"train/[blink]\x1b/loss": 1.0}))
+            live.update(row("round", HOSTILE, 1, None, 0.0, {}))
+            live.update(row("evaluation", HOSTILE, 1, None, 0.0, {HOSTILE: 1.0}))
+        fresh = terminal(100)
+        fresh.print(view(live.progress, 100))
+        text = shown(fresh)
+        assert text.count("[red]x[/red]") == 4, "stage, site, stream and metric"
+        assert "[blink]" in text
+        assert isinstance(console.file, io.StringIO)
+        written = console.file.getvalue()
+        assert "[red]x[/red]" in written
+        assert "\x1b[31m\n" not in written
+        assert "[red]x[/red]\x1b" not in written
+
+
+def test_many_sites_do_not_push_the_bar_off_the_screen() -> None:
+    live = LiveView(terminal(), is_plain=True)
+    live.start(3, {f"site-{number}": "image" for number in range(50)})
+    console = terminal()
+    console.print(view(live.progress, 60))
+    text = shown(console)
+    assert len(text.splitlines()) < 24
+    assert "and 34 more sites" in text
+
+
+def test_final_table_keeps_every_value_at_60_columns() -> None:
+    values = report_values()
+    values["baselines"]["single_scale_without_experts"] = {"evaluation": evaluation(0.6, 9)}
+    found = report(**values)
+    console = terminal(60)
+    console.print(final_table(found))
+    text = shown(console)
+    assert max(map(len, text.splitlines())) <= 60
+    for evaluated in (found.evaluation, *(baseline.evaluation for baseline in found.baselines.values())):
+        numbers = evaluated.model_dump()
+        assert f"{numbers['classification']['zero_shot']['macro_auroc']:.3f}" in text
+        assert f"{numbers['classification']['linear_probe']['macro_auroc']:.3f}" in text
+        assert f"{numbers['regeneration']['psnr_db']:.2f}" in text
+        assert f"{numbers['language']['bits_per_token']:.2f}" in text
+    assert "[1] the gallery held fewer than ten reports" in text
+    assert "…" not in text
+
+
+def test_final_table_shows_names_as_they_are() -> None:
+    values = report_values()
+    values["baselines"] = {"[bold]sly": {"evaluation": evaluation(0.6, 9)}}
+    console = terminal(80)
+    console.print(final_table(report(**values)))
+    assert "[bold]sly" in shown(console)
