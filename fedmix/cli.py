@@ -127,7 +127,7 @@ def prepare_table(
     label_column: str = "labels",
     patient_column: str = "patient_id",
     split_column: str = "split",
-    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated; all if left out")] = None,
+    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated, or none; all if left out")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")] = None,
     key_file: Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")] = Path(
         "site.key"
@@ -153,7 +153,7 @@ def prepare_table(
         image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
         stream=stream.value if stream else None,
         max_words=max_words,
-        label_names=tuple(name.strip() for name in labels.split(",")) if labels else None,
+        label_names=_label_names(labels),
         max_bad_share=max_bad_share,
         replace=replace,
     )
@@ -170,6 +170,13 @@ def prepare_table(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     out_console.print(_summary_table(summary, out))
+
+
+def _label_names(labels: str | None) -> tuple[str, ...] | None:
+    """The findings that ``--labels`` asks for; None takes all that the table names."""
+    if labels is None:
+        return None
+    return () if labels == "none" else tuple(name.strip() for name in labels.split(","))
 
 
 def _summary_table(summary: Any, out: Path) -> Table:

@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. The first of either also installs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OPEN_DATA ?= $(or $(FEDMIX_OPEN_DATA),../shared/data/cxr-open)
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.PHONY: demo test test-all lint bench open compare clean
+demo: $(STAMP)  ## train, evaluate and report a federation of phantom hospitals (minutes)
+	rm -rf runs/demo
+	$(BIN)/fedmix simulate configs/demo.yaml --out runs/demo
+
+test: $(STAMP)  ## the default tests
+	$(BIN)/pytest
+
+test-all: $(STAMP)  ## with the tests that start whole systems, use real data or take minutes
+	$(BIN)/pytest -m "not gpu"
+
+lint: $(STAMP)  ## style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(STAMP)  ## speed as ratios
+	$(BIN)/fedmix bench
+
+compare: $(STAMP)  ## the baselines beside the main method (about an hour)
+	$(BIN)/fedmix simulate configs/compare.yaml
+
+shards/open/%: $(STAMP)
+	mkdir -p shards/open
+	$(BIN)/fedmix prepare table $(OPEN_DATA) --size 96 --max-words 128 --key-file shards/open.key --out $@ --replace $(ARGUMENTS_$*)
+ARGUMENTS_iu := --csv reports-only.csv --stream text
+ARGUMENTS_nih := --csv images-only.csv --stream image
+ARGUMENTS_covid := --csv paired.csv --stream paired --labels none
+
+open: shards/open/iu shards/open/nih shards/open/covid  ## three real sites from the small open corpus (OPEN_DATA=folder)
+	rm -rf runs/open
+	$(BIN)/fedmix simulate configs/open.yaml --out runs/open
+
+clean:  ## forget the environment
+	rm -rf $(VENV)
+
+# One resolve for everything, against pinned versions; touched only when what is installed should change.
+$(STAMP): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $@
