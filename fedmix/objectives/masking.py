@@ -5,6 +5,7 @@ Shapes: B studies, P patches, K visible patches, L words.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,20 @@ def hide_patches(num_studies: int, num_patches: int, ratio: float, generator: Ge
     return HiddenPatches(visible_BK, hidden_BP)
 
 
-def hide_words(words_BL: Tensor, ratio: float, *, mask_id: int, num_special: int, generator: Generator) -> HiddenWords:
-    """Hide each word with probability ``ratio``; ids below ``num_special`` (padding, tags) are never hidden.
+@dataclass(frozen=True)
+class WordIds:
+    """What masking must know of the tokenizer: what stands for a hidden word, and the ids that are never words."""
+
+    mask_id: int
+    special_ids: tuple[int, ...]
+
+
+def hide_words(words_BL: Tensor, ratio: float, ids: WordIds, generator: Generator) -> HiddenWords:
+    """Hide each word with probability ``ratio``; padding and other special ids are never hidden.
 
     A report of which chance hid nothing has one word hidden, so that no report is without a target.
     """
-    can_hide_BL = words_BL >= num_special
+    can_hide_BL = ~torch.isin(words_BL, torch.tensor(ids.special_ids))
     draw_BL = torch.rand(words_BL.shape, generator=generator).masked_fill(~can_hide_BL, 2.0)
     hidden_BL = (draw_BL < ratio) | (draw_BL == draw_BL.amin(dim=1, keepdim=True)) & can_hide_BL
-    return HiddenWords(words_BL.masked_fill(hidden_BL, mask_id), hidden_BL)
+    return HiddenWords(words_BL.masked_fill(hidden_BL, ids.mask_id), hidden_BL)

@@ -18,16 +18,8 @@ from fedmix.batch import Batch, Term
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
 from fedmix.objectives.alignment import contrast_term, match_term
-from fedmix.objectives.masking import hide_patches, hide_words
+from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
-
-
-@dataclass(frozen=True)
-class WordIds:
-    """What masking must know of the tokenizer: the mask id, and that ids below ``num_special`` are never words."""
-
-    mask_id: int
-    num_special: int
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,7 @@ class Learner:
 
     def _read(self, words_BL: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
         """Read part of the words and predict the rest."""
-        ids = self.word_ids
-        hidden = hide_words(words_BL, ratio, mask_id=ids.mask_id, num_special=ids.num_special, generator=generator)
+        hidden = hide_words(words_BL, ratio, self.word_ids, generator)
         encoded = self.model.encode(words_BL=hidden.words_BL)
         if self.objectives.mlm:
             found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
@@ -94,20 +85,20 @@ class Learner:
             return
         image_BSS, words_BL = image_BSS[:num_joint], words_BL[:num_joint]
         patches = hide_patches(num_joint, self.model.num_patches, self.objectives.hide_image_joint, generator)
-        ids = self.word_ids
-        words = hide_words(
-            words_BL, self.objectives.hide_text_joint, mask_id=ids.mask_id, num_special=ids.num_special, generator=generator
-        )
+        words = hide_words(words_BL, self.objectives.hide_text_joint, self.word_ids, generator)
         encoded = self.model.encode(image_BSS=image_BSS, visible_BK=patches.visible_BK, words_BL=words.words_BL)
         if self.objectives.mvm:
             found.append(("mvm", self._patch_term(encoded, image_BSS, patches.visible_BK, patches.hidden_BP)))
         if self.objectives.mlm:
             found.append(("mlm", self._word_term(encoded, words_BL, words.hidden_BL)))
         if self.objectives.match and num_joint > 1:
+            num_swapped = num_joint // 2  # every mismatch is a pass that teaches nothing else, so there are fewer of them
             swapped = self.model.encode(
-                image_BSS=image_BSS, visible_BK=patches.visible_BK, words_BL=words.words_BL.roll(1, dims=0)
+                image_BSS=image_BSS[:num_swapped],
+                visible_BK=patches.visible_BK[:num_swapped],
+                words_BL=words.words_BL.roll(1, dims=0)[:num_swapped],
             )
-            belongs_B = torch.arange(2 * num_joint) < num_joint
+            belongs_B = torch.arange(num_joint + num_swapped) < num_joint
             found.append(("match", match_term(torch.cat([self._match(encoded), self._match(swapped)]), belongs_B)))
 
     def _match(self, encoded: Encoded) -> Tensor:
