@@ -74,7 +74,9 @@ class Batch:
         num_texts = 0 if self.text is None else len(self.text)
         expected = (int(self.has_image.sum()), int(self.has_text.sum()))
         if (num_images, num_texts) != expected:
-            raise DataError(f"batch holds {num_images} images and {num_texts} texts, masks: masks {expected}")
+            raise DataError(
+                f"batch holds {num_images} images and {num_texts} texts, its masks say {expected[0]} and {expected[1]}"
+            )
         if not bool((self.has_image | self.has_text).all()):
             raise DataError("a study in the batch has neither an image nor a report")
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from fedmix.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is pages, not megabytes: refuse before parsing
+MAX_CONFIG_VALUES, MAX_CONFIG_DEPTH = 100_000, 50  # aliases unfolded: a page of them can stand for gigabytes
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -32,7 +33,7 @@ StreamName = Literal["image", "text", "paired"]
 class Section(BaseModel):
     """A part of an experiment: frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PhantomData(Section):
@@ -41,7 +42,8 @@ class PhantomData(Section):
     studies: Count
     look: Name = Field(description="appearance, phrasing and prevalence habits; `fedmix phantom --looks` lists them")
     seed: int = Field(default=0, ge=0, description="draws of different seeds share no study")
-    difficulty: float = Field(default=1.0, ge=0.0, le=3.0, description="more anatomical variation, fainter findings")
+    difficulty: float = Field(default=1.0, gt=0.0, le=3.0, description="more anatomical variation, fainter findings")
+    contrast: float = Field(default=1.0, gt=0.0, le=3.0, description="how strongly findings show")
 
 
 class Site(Section):
@@ -241,24 +243,17 @@ class Experiment(Section):
     aggregation: Aggregation = Aggregation()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
-    baselines: dict[Name, dict[str, Any]] = Field(
+    baselines: dict[Name, dict[str, JsonValue]] = Field(
         default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        if self.data.image_size % self.model.patch_size:
-            raise ValueError(
-                f"data.image_size = {self.data.image_size} must be a multiple of model.patch_size = {self.model.patch_size}"
-            )
+        size, patch = self.data.image_size, self.model.patch_size
+        if size % patch or size < 2 * patch:
+            raise ValueError(f"data.image_size = {size} must be twice model.patch_size = {patch}, or a larger multiple of it")
         for stage in self.stages:
-            if not sites_of(stage, self.data.sites):
-                raise ValueError(
-                    f"stage {stage.name!r} has no site: none of data.sites holds one of its streams {list(stage.streams)}"
-                )
-            unknown = set(stage.sites or ()) - {site.name for site in self.data.sites}
-            if unknown:
-                raise ValueError(f"stage {stage.name!r} names sites that data.sites does not hold: {sorted(unknown)}")
+            _check_stage(stage, self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stage names must differ from each other")
@@ -271,6 +266,8 @@ class Experiment(Section):
 
     def stage_of(self, round_number: int) -> tuple[Stage, int]:
         """The stage that a round (counted from 1) belongs to, and the number of the stage's rounds before it."""
+        if round_number < 1:
+            raise ConfigError(f"round {round_number} does not exist; rounds count from 1")
         before = 0
         for stage in self.stages:
             if round_number <= before + stage.rounds:
@@ -303,6 +300,28 @@ def sites_of(stage: Stage, sites: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(site for site in sites if site.stream in stage.streams and (stage.sites is None or site.name in stage.sites))
 
 
+def _check_stage(stage: Stage, experiment: Experiment) -> None:
+    """Raise ValueError where a stage would fail only after the run has begun: nobody to train, nothing to learn or count."""
+    unknown = set(stage.sites or ()) - {site.name for site in experiment.data.sites}
+    if unknown:
+        raise ValueError(f"stage {stage.name!r} names sites that data.sites does not hold: {sorted(unknown)}")
+    sites = sites_of(stage, experiment.data.sites)
+    if not sites:
+        raise ValueError(f"stage {stage.name!r} has no site: none of data.sites holds one of its streams {list(stage.streams)}")
+    streams = {site.stream for site in sites}
+    for stream, weight in (("image", "mvm"), ("text", "mlm")):
+        if stream in streams and not getattr(stage.objectives, weight):
+            raise ValueError(
+                f"stage {stage.name!r}: its {stream} sites have nothing to learn; give objectives.{weight} a positive weight, "
+                f"or take {stream!r} out of its streams"
+            )
+    aggregation = experiment.aggregation
+    if aggregation.rule == "paired_only" and "paired" not in streams:
+        raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")
+    if aggregation.rule == "modality_aware" and not any(getattr(aggregation.shared_mix, stream) for stream in streams):
+        raise ValueError(f"stage {stage.name!r}: aggregation.shared_mix is 0 for all of its streams {sorted(streams)}")
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment from YAML and apply ``key.path=value`` overrides.
 
@@ -321,12 +340,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Experiment:
     """The experiment that a YAML text describes; ``source`` is what errors call it."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source} is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    values = _read_yaml(text, source)
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold keys and values at its top, such as name: demo")
     for override in overrides:
@@ -362,6 +376,41 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Experiment.model_json_schema()
 
 
+def _read_yaml(text: str, source: str) -> Any:
+    """Plain values from YAML. Beside YAMLError, its constructors let through what Python says of 2001-99-99 or !!int x."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source} is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{source} holds a value that YAML cannot read: {_short(str(error))}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply; a config has at most {MAX_CONFIG_DEPTH} levels") from None
+    _check_extent(values, source)
+    return _unshared(values)
+
+
+def _check_extent(values: Any, source: str) -> None:
+    """Refuse what aliases make endless or huge, before anything copies it."""
+    waiting, num_values = [(values, 0)], 1
+    while waiting:
+        node, depth = waiting.pop()
+        inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+        num_values += len(inner)
+        if depth > MAX_CONFIG_DEPTH or num_values > MAX_CONFIG_VALUES:
+            raise ConfigError(f"{source}: at most {MAX_CONFIG_VALUES} values in {MAX_CONFIG_DEPTH} levels, aliases unfolded")
+        waiting.extend((value, depth + 1) for value in inner)
+
+
+def _unshared(values: Any) -> Any:
+    """The same values with every alias written out, so that an override of one place does not change another."""
+    if isinstance(values, dict):
+        return {key: _unshared(value) for key, value in values.items()}
+    return [_unshared(value) for value in values] if isinstance(values, list) else values
+
+
 def _merge(values: Any, overrides: Any) -> Any:
     if isinstance(values, dict) and isinstance(overrides, Mapping):
         return values | {key: _merge(values.get(key), value) for key, value in overrides.items()}
@@ -379,10 +428,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {path}: {key!r} holds a value, it has no keys inside")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {path}: {text!r} is not a YAML value") from None
+    value = _read_yaml(text, f"--set {path}: {_short(text)}")
     node[_index(node, last, path) if isinstance(node, list) else last] = value
 
 
@@ -390,7 +436,7 @@ def _index(items: list[Any], key: str, path: str) -> int:
     for position, item in enumerate(items):
         if isinstance(item, dict) and item.get("name") == key:
             return position
-    if key.isdecimal() and int(key) < len(items):
+    if key.isdecimal() and len(key) < 6 and int(key) < len(items):
         return int(key)
     raise ConfigError(f"--set {path}: {key!r} is neither a name nor a position in a list of {len(items)}")
 

@@ -98,7 +98,12 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
 
 def _phantoms(wanted: config.PhantomData, data: config.Data, tokenizer: Tokenizer) -> HeldOut:
     drawn = phantom.generate(
-        wanted.studies, look=wanted.look, seed=wanted.seed, size=data.image_size, difficulty=wanted.difficulty
+        wanted.studies,
+        look=wanted.look,
+        seed=wanted.seed,
+        size=data.image_size,
+        difficulty=wanted.difficulty,
+        contrast=wanted.contrast,
     )
     assert drawn.images is not None
     assert drawn.reports is not None

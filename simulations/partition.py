@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,17 +25,21 @@ PHANTOM_KEY = hashlib.sha256(b"fedmix phantoms").digest()
 def prepare_sites(
     data: config.Data, tokenizer: Tokenizer, *, on_site: Callable[[str], None] = lambda name: None
 ) -> dict[str, Path]:
-    """The shard of every site by name; draws the phantoms that are not there yet."""
+    """The shard of every site by name; draws the phantoms that are not there yet.
+
+    What can be wrong is looked for first: drawing takes minutes where studies are many.
+    """
+    for site in data.sites:
+        if site.shard is not None and not site.shard.is_dir():
+            raise DataError(f"site {site.name}: there is no shard at {site.shard}; make one with `fedmix prepare`")
+    _check_looks(data)
     shards = {}
     for site in data.sites:
         on_site(site.name)
-        if site.phantom is not None:
+        if site.shard is not None:
+            shards[site.name] = site.shard
+        elif site.phantom is not None:
             shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer)
-            continue
-        assert site.shard is not None
-        if not site.shard.is_dir():
-            raise DataError(f"site {site.name}: there is no shard at {site.shard}; make one with `fedmix prepare`")
-        shards[site.name] = site.shard
     return shards
 
 
@@ -44,25 +51,33 @@ def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: 
         try:
             Shard.open(path)
         except DataError:  # an older or damaged copy of something that can be drawn again
-            pass
+            shutil.rmtree(path, ignore_errors=True)
         else:
             return path
+    try:
+        data.cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(data.cache, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _draw(path, wanted, stream, data, tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep phantoms under {data.cache}: {error.strerror}; set data.cache to a folder you may write"
+        ) from None
+    return path
+
+
+def _draw(path: Path, wanted: config.PhantomData, stream: config.StreamName, data: config.Data, tokenizer: Tokenizer) -> None:
     drawn = phantom.generate(
         wanted.studies,
         look=wanted.look,
         seed=wanted.seed,
         size=data.image_size,
         difficulty=wanted.difficulty,
+        contrast=wanted.contrast,
         images=stream != "text",
         reports=stream != "image",
     )
     every, none = np.ones(wanted.studies, bool), np.zeros(wanted.studies, bool)
-    try:
-        data.cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot keep phantoms under {data.cache}: {error.strerror}; set data.cache to a folder you may write"
-        ) from None
     write_arrays(
         path,
         images=drawn.images,
@@ -77,6 +92,13 @@ def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: 
         key=PHANTOM_KEY,
         max_words=data.max_words,
         image_size=data.image_size,
-        replace=path.exists(),
+        replace=True,  # another run may have drawn the same meanwhile
     )
-    return path
+
+
+def _check_looks(data: config.Data) -> None:
+    """Raise DataError for a look that nobody drew."""
+    wanted = {f"site {site.name}": site.phantom for site in data.sites} | {"data.held_out": data.held_out.phantom}
+    for where, phantoms in wanted.items():
+        if phantoms is not None and phantoms.look not in phantom.LOOKS:
+            raise DataError(f"{where}: there is no look {phantoms.look!r}; it is one of {', '.join(phantom.LOOKS)}")

@@ -111,7 +111,7 @@ class Reporter:
         if draw() < 0.4:
             opening.append(self._pick(_LATER_FILM if is_later_film else _FIRST_FILM))
         closing = []
-        if not positive and draw() < 0.7:
+        if not positive and (draw() < 0.7 or not (opening or negative)):  # no report is empty
             closing.append(self._pick(_NORMAL))
         elif positive and draw() < 0.25:
             closing.append("impression " + positive[int(draw() * len(positive))])

@@ -50,17 +50,19 @@ def generate(
     seed: int,
     size: int = 64,
     difficulty: float = 1.0,
+    contrast: float = 1.0,
     images: bool = True,
     reports: bool = True,
 ) -> Phantoms:
     """Generate studies in one look.
 
-    ``size`` is the image side in pixels. ``difficulty`` scales how anatomy varies, and findings fade with its square root.
+    ``size`` is the image side in pixels. ``difficulty`` scales how anatomy varies, and findings fade with its square root;
+    ``contrast`` scales how strongly findings show. More of both makes raw pixels worse and learning faster.
 
     Raises:
         ConfigError: unknown look, or a number out of range.
     """
-    _check(num_studies, look, size, difficulty)
+    _check(num_studies, look, size, difficulty, contrast)
     pixels = np.empty((num_studies, size, size), np.uint8) if images else None
     texts: list[str] | None = [] if reports else None
     labels = np.empty((num_studies, len(LABELS)), np.bool_)
@@ -68,7 +70,7 @@ def generate(
     for start in range(0, num_studies, _CHUNK):
         rows = min(_CHUNK, num_studies - start)
         here = slice(start, start + rows)
-        chunk = Chunk(look, seed, start // _CHUNK, difficulty)
+        chunk = Chunk(look, seed, start // _CHUNK, difficulty, contrast)
         labels[here] = chunk.findings.present[:rows]
         patient[here] = start + chunk.first_row[:rows]
         if pixels is not None:
@@ -78,7 +80,7 @@ def generate(
     return Phantoms(images=pixels, reports=texts, labels=labels, patient=patient)
 
 
-def _check(num_studies: int, look: str, size: int, difficulty: float) -> None:
+def _check(num_studies: int, look: str, size: int, difficulty: float, contrast: float) -> None:
     if look not in LOOKS:
         near = get_close_matches(look, LOOKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known looks: {', '.join(LOOKS)}"
@@ -89,6 +91,8 @@ def _check(num_studies: int, look: str, size: int, difficulty: float) -> None:
         raise ConfigError(f"phantom image size is {size} px, expected {MIN_SIZE} to {MAX_SIZE}")
     if not 0 < difficulty <= 3:
         raise ConfigError(f"phantom difficulty is {difficulty}, expected above 0 and at most 3; 1.0 is the tested setting")
+    if not 0 < contrast <= 3:
+        raise ConfigError(f"phantom contrast is {contrast}, expected above 0 and at most 3; 1.0 is the tested setting")
 
 
 def _seed(look: str, seed: int, chunk: int, purpose: str) -> int:
@@ -99,10 +103,10 @@ def _seed(look: str, seed: int, chunk: int, purpose: str) -> int:
 class Chunk:
     """Up to 64 studies that share a seed; the facts are drawn at once, pixels and words when asked for."""
 
-    def __init__(self, look: str, seed: int, index: int, difficulty: float = 1.0) -> None:
+    def __init__(self, look: str, seed: int, index: int, difficulty: float = 1.0, contrast: float = 1.0) -> None:
         self._look = LOOKS[look]
         self._seeds = {purpose: _seed(look, seed, index, purpose) for purpose in ("findings", "anatomy", "grain", "words")}
-        self._contrast = 1.7 / difficulty**0.5
+        self._contrast = 1.7 * contrast / difficulty**0.5
         rng = np.random.default_rng(self._seeds["findings"])
         self.first_row = sample_patients(rng, _CHUNK)  # [64], row of the patient's first study
         self.findings = sample_findings(rng, self.first_row, self._rates())

@@ -78,11 +78,13 @@ def aggregate(updates: Sequence[Update], settings: config.Aggregation) -> dict[s
         if key not in weights:
             counted = contributors if settings.rule == "modality_aware" else ordered
             weights[key] = RULES[settings.rule](counted, tower_of(group), settings)
-        total = torch.zeros_like(contributors[0].deltas[name], dtype=torch.float64)
-        for update in contributors:
-            if weights[key][update.site]:  # a site of weight zero is invisible, even if it sent infinities
+        # A site of weight zero is invisible, even if it sent infinities; what only such sites sent, nobody trained.
+        weighing = [update for update in contributors if weights[key][update.site]]
+        if weighing:
+            total = torch.zeros_like(weighing[0].deltas[name], dtype=torch.float64)
+            for update in weighing:
                 total.add_(update.deltas[name].double(), alpha=weights[key][update.site])
-        deltas[name] = total.float()
+            deltas[name] = total.float()
     return deltas
 
 

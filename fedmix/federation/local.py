@@ -50,7 +50,7 @@ class Assignment:
         return self.stage.rounds * self.stage.local_steps
 
 
-def seed_of(seed: int, *purpose: object) -> int:
+def seed_of(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed from a hash of what it is for: independent streams without counting."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -98,8 +98,10 @@ class Optimisers:
         """Take moments up again; a state of another optimiser or model is refused."""
         by_name = {name: parameter for parameter, name in self._names.items()}
         for key, value in state.items():
-            kind, name, moment = key.split("/")
-            if kind not in self._parts or name not in by_name:
+            kind, _, place = key.partition("/")
+            name, _, moment = place.partition("/")
+            fits = kind in self._parts and name in by_name and (value.ndim == 0 or value.shape == by_name[name].shape)
+            if not fits:  # a moment is a number or as large as its parameter
                 raise RunError("the optimiser state kept at this site belongs to another experiment; start the run anew")
             self._parts[kind][0].state[by_name[name]][moment] = value.clone()
 
@@ -143,6 +145,7 @@ def train(
     sums: dict[str, Term] = {}
     trained: set[str] = set()
     model.train()
+    model.skips_padding = True
     for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
         batch = batches.batch(step)
         chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))

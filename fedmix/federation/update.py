@@ -7,13 +7,14 @@ text expert, and so on. A TOWER says which streams reach a group, and with what 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from fedmix.batch import Stream
+from fedmix.batch import STREAMS, Stream
 from fedmix.errors import UpdateError
 
 Kind = TypeVar("Kind")
@@ -72,6 +73,8 @@ def tower_of(group: str) -> Tower:
 
 def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
     """Raise UpdateError unless names, shapes, types, values and counts are what the server asked for."""
+    if not update.deltas:
+        raise UpdateError("the update is empty: the site trained no parameter")
     unknown = set(update.deltas) - set(parameters)
     if unknown:
         raise UpdateError(f"{len(unknown)} tensors in the update are not in the model")
@@ -83,8 +86,15 @@ def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
             )
         if not bool(delta.isfinite().all()):
             raise UpdateError(f"{name}: update holds values that are not finite; lower the learning rate at this site")
+    if set(update.examples) - set(STREAMS):
+        raise UpdateError(f"an update counts its studies as {', '.join(STREAMS)} and nothing else")
     if any(count < 0 for count in update.examples.values()) or sum(update.examples.values()) <= 0 or update.steps <= 0:
         raise UpdateError("an update must come from at least one step on at least one study")
+    for tower in {tower_of(group_of(name)) for name in update.deltas}:
+        if not any(update.examples.get(stream) for stream in REACHED_BY[tower]):
+            raise UpdateError(f"update holds {tower} parameters, but counts no study that reaches them")
+    if not all(math.isfinite(number) for pair in update.metrics.values() for number in pair):
+        raise UpdateError("update holds metrics that are not finite")
 
 
 def typed(values: Mapping[str, object], key: str, kind: type[Kind]) -> Kind:
@@ -99,8 +109,9 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and bytes of parameters, in name order: the identity of a model."""
     seen = hashlib.sha256()
     for name in sorted(parameters):
-        seen.update(name.encode())
-        seen.update(parameters[name].detach().cpu().contiguous().numpy().tobytes())
+        value = parameters[name].detach().cpu().contiguous()
+        seen.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())  # else [2, 3] and [3, 2] would be one model
+        seen.update(value.numpy().tobytes())
     return seen.hexdigest()
 
 

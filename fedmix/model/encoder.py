@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmix import config
+from fedmix.errors import DataError
 from fedmix.model import pyramid
 from fedmix.model.heads import MatchHead, PatchDecoder, Projection, WordHead
 from fedmix.model.layers import MODALITIES, MixedBlock, each, pick, sincos_grid, to_image, to_patches
@@ -76,6 +77,9 @@ class MixedModel(nn.Module):
         side = image_size // sizes.patch_size
         self.image_size, self.patch_size, self.num_patches = image_size, sizes.patch_size, side * side
         self.vision_target = sizes.vision_target
+        # On: the text experts skip padding, a sixth of a paired step. Off where gradients are taken study by study (Opacus),
+        # because skipping flattens studies into one long list of words.
+        self.skips_padding = False
         names = MODALITIES if sizes.modality_experts else ("shared",)
         self.embed_image = ImageEmbedding(sizes.patch_size, side, sizes.width)
         self.embed_text = TextEmbedding(vocabulary, max_words, sizes.width)
@@ -113,7 +117,13 @@ class MixedModel(nn.Module):
         if words_BL is not None:
             present_BL = words_BL != PAD
             tokens["text"] = self.embed_text(words_BL)
-        return Encoded(self._trunk(tokens, _attend(tokens, present_BL)), present_BL)
+        attend_B11T = _attend(tokens, present_BL)
+        words_N = None
+        if self.skips_padding and present_BL is not None and attend_B11T is not None:
+            words_N = present_BL.flatten().nonzero().flatten()
+        for block in self.blocks:
+            tokens = block(tokens, attend_B11T, words_N)
+        return Encoded(each(self.norm, tokens), present_BL)
 
     def decode_patches(self, encoded: Encoded, visible_BK: Tensor) -> Tensor:
         """Predict every patch as [B, P, values] (fedmix/model/pyramid.py says what the values are)."""
@@ -151,6 +161,10 @@ class MixedModel(nn.Module):
     def regenerate(self, image_BSS: Tensor, hidden_BP: Tensor, words_BL: Tensor | None = None) -> Tensor:
         """Draw every patch [B, S, S] from those not hidden and, if given, the report; every row hides the same number."""
         num_visible = int((~hidden_BP[0]).sum())
+        if not bool(((~hidden_BP).sum(dim=1) == num_visible).all()):  # else some rows would be shown what they should draw
+            raise DataError(
+                "regenerate needs the same number of hidden patches in every image; draw the mask with hide_patches"
+            )
         visible_BK = hidden_BP.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible]
         encoded = self.encode(image_BSS=image_BSS, visible_BK=visible_BK, words_BL=words_BL)
         values_BPV = self.decode_patches(encoded, visible_BK).float()
@@ -161,11 +175,6 @@ class MixedModel(nn.Module):
         tokens_BLD = self.encode(words_BL=words_BL, image_BSS=image_BSS).tokens["text"]
         logits_BLV: Tensor = self.word_head(tokens_BLD)
         return logits_BLV.float()
-
-    def _trunk(self, tokens: dict[str, Tensor], attend_B11T: Tensor | None) -> dict[str, Tensor]:
-        for block in self.blocks:
-            tokens = block(tokens, attend_B11T)
-        return each(self.norm, tokens)
 
 
 def _attend(tokens: Mapping[str, Tensor], present_BL: Tensor | None) -> Tensor | None:

@@ -37,11 +37,26 @@ class MixedBlock(nn.Module):
         self.mlp_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in names})
         self.mlp = nn.ModuleDict({name: Mlp(width, hidden, act_layer=gelu) for name in names})
 
-    def forward(self, tokens: Mapping[str, Tensor], attend_B11T: Tensor | None) -> dict[str, Tensor]:
-        """One step for ``tokens`` (modality -> [B, T_m, D]); ``attend_B11T`` is True for tokens that may be attended to."""
+    def forward(
+        self, tokens: Mapping[str, Tensor], attend_B11T: Tensor | None, words_N: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """One step for ``tokens`` (modality -> [B, T_m, D]); ``attend_B11T`` is True for tokens that may be attended to.
+
+        ``words_N``: places of the words that are no padding among all B * L; then the text expert computes only these.
+        """
         normed = torch.cat(list(each(self.attention_norm, tokens).values()), dim=1)
         tokens = add(tokens, split_like(self.attention(normed, attend_B11T), tokens))
-        return add(tokens, each(self.mlp, each(self.mlp_norm, tokens)))
+        if words_N is None or "text" not in self.mlp:
+            return add(tokens, each(self.mlp, each(self.mlp_norm, tokens)))
+        image = {name: tokens_BTD for name, tokens_BTD in tokens.items() if name != "text"}
+        grown = add(image, each(self.mlp, each(self.mlp_norm, image)))
+        return {**grown, "text": self._grow_words(tokens["text"], words_N)}
+
+    def _grow_words(self, tokens_BLD: Tensor, words_N: Tensor) -> Tensor:
+        """Add the text expert's answer to the words at flat places ``words_N``; padding stays as it is."""
+        flat_MD = tokens_BLD.flatten(0, 1)
+        answer_ND = self.mlp["text"](self.mlp_norm["text"](flat_MD[words_N]))
+        return flat_MD.index_add(0, words_N, answer_ND.to(flat_MD.dtype)).view_as(tokens_BLD)
 
 
 def each(modules: nn.ModuleDict, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from fedmix.batch import Term
 
 def contrast_term(image_BE: Tensor, text_BE: Tensor, temperature: Tensor, *, label_smoothing: float = 0.0) -> Term:
     """Symmetric InfoNCE on unit embeddings (CLIP; science.md 8.3), weight: pairs. One pair alone teaches nothing: zero."""
-    logits_BB = image_BE @ text_BE.T / temperature
+    with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 would round similarities before they are sharpened
+        logits_BB = image_BE.float() @ text_BE.float().T / temperature.float()
     target_B = torch.arange(len(logits_BB), device=logits_BB.device)
     forward = F.cross_entropy(logits_BB, target_B, reduction="sum", label_smoothing=label_smoothing)
     backward = F.cross_entropy(logits_BB.T, target_B, reduction="sum", label_smoothing=label_smoothing)

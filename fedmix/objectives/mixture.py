@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from fedmix import config
 from fedmix.batch import Batch, Term
+from fedmix.errors import ConfigError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
 from fedmix.objectives.alignment import contrast_term, match_term
@@ -47,6 +48,11 @@ class Learner:
 
     def loss(self, terms: Mapping[str, Term]) -> Tensor:
         """The weighted sum of the terms' means: what a step descends."""
+        if not terms:
+            raise ConfigError(
+                "no objective of this stage applies to the batch at hand; give mvm (images), mlm (reports) or contrast (pairs) "
+                "a positive weight, or raise joint_share until match has two pairs to compare"
+            )
         weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match"})
         return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
 
@@ -86,24 +92,22 @@ class Learner:
         image_BSS, words_BL = image_BSS[:num_joint], words_BL[:num_joint]
         patches = hide_patches(num_joint, self.model.num_patches, self.objectives.hide_image_joint, generator)
         words = hide_words(words_BL, self.objectives.hide_text_joint, self.word_ids, generator)
-        encoded = self.model.encode(image_BSS=image_BSS, visible_BK=patches.visible_BK, words_BL=words.words_BL)
+        # Mismatched pairs ride along in the same pass, each image with its neighbour's report. A mismatch teaches nothing
+        # else, so there are half as many.
+        num_swapped = num_joint // 2 if self.objectives.match else 0
+        encoded = self.model.encode(
+            image_BSS=torch.cat([image_BSS, image_BSS[:num_swapped]]),
+            visible_BK=torch.cat([patches.visible_BK, patches.visible_BK[:num_swapped]]),
+            words_BL=torch.cat([words.words_BL, words.words_BL.roll(1, dims=0)[:num_swapped]]),
+        )
+        if num_swapped:
+            logit_B = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
+            found.append(("match", match_term(logit_B, torch.arange(len(logit_B)) < num_joint)))
+        true = Encoded({name: tokens_BTD[:num_joint] for name, tokens_BTD in encoded.tokens.items()}, encoded.present_BL)
         if self.objectives.mvm:
-            found.append(("mvm", self._patch_term(encoded, image_BSS, patches.visible_BK, patches.hidden_BP)))
+            found.append(("mvm", self._patch_term(true, image_BSS, patches.visible_BK, patches.hidden_BP)))
         if self.objectives.mlm:
-            found.append(("mlm", self._word_term(encoded, words_BL, words.hidden_BL)))
-        if self.objectives.match and num_joint > 1:
-            num_swapped = num_joint // 2  # every mismatch is a pass that teaches nothing else, so there are fewer of them
-            swapped = self.model.encode(
-                image_BSS=image_BSS[:num_swapped],
-                visible_BK=patches.visible_BK[:num_swapped],
-                words_BL=words.words_BL.roll(1, dims=0)[:num_swapped],
-            )
-            belongs_B = torch.arange(num_joint + num_swapped) < num_joint
-            found.append(("match", match_term(torch.cat([self._match(encoded), self._match(swapped)]), belongs_B)))
-
-    def _match(self, encoded: Encoded) -> Tensor:
-        logit_B: Tensor = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
-        return logit_B
+            found.append(("mlm", self._word_term(true, words_BL, words.hidden_BL)))
 
     def _patch_term(self, encoded: Encoded, image_BSS: Tensor, visible_BK: Tensor, hidden_BP: Tensor) -> Term:
         predicted_BPV = self.model.decode_patches(encoded, visible_BK)

@@ -422,3 +422,19 @@ def test_raw_pixels_leave_headroom_for_a_trained_model() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(golden_batch(), indent=1) + "\n")
+
+
+@pytest.mark.parametrize("look", ["south", "coast", "unseen"])
+def test_no_report_is_empty(look: str) -> None:
+    reports = generate(8000, look=look, seed=103, images=False).reports
+    assert reports is not None
+    assert all(reports)
+
+
+def test_contrast_shows_findings_more_strongly_and_changes_no_fact() -> None:
+    faint, strong = (generate(64, look="north", seed=3, size=48, contrast=contrast) for contrast in (1.0, 2.0))
+    np.testing.assert_array_equal(faint.labels, strong.labels)
+    assert faint.reports == strong.reports
+    sick = faint.labels.any(axis=1)
+    moved = np.abs(faint.images.astype(int) - strong.images.astype(int)).mean(axis=(1, 2))
+    assert moved[sick].mean() > 4 * moved[~sick].mean()

@@ -1,0 +1,18 @@
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-golden", action="store_true", help="write tests/golden/loss_curve.json anew")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests share their cores with other work, and tiny tensors are slower on two threads than on one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_chance() -> None:
+    """Numbers drawn without a generator are the same whichever tests ran before."""
+    torch.manual_seed(0)

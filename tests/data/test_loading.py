@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedmix.batch import Batch
+from fedmix.data.loading import Sampler, collate, pad, study
+from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.tokenizer import Tokenizer
+from fedmix.errors import DataError
+
+SIZE = 8
+NUM_EACH = 24  # studies of each stream
+FINDINGS = ("heart", "lungs", "effusion", "left", "right", "small", "normal", "clear")
+
+
+def image_of(number: int) -> np.ndarray:
+    """An image whose first pixel is the study's number."""
+    image = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    image[0, 0] = number
+    return image
+
+
+def report_of(number: int) -> str:
+    """Between 1 and 8 words, in no order of length, and no two alike: each ends with the study's number."""
+    length = 1 + (number * 5) % 8
+    return " ".join(FINDINGS[(number + k) % 8] for k in range(length)) + f" {number}"
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
+    """Images are studies 0 to 23, texts 24 to 47, pairs 48 to 71."""
+    path = tmp_path_factory.mktemp("loading") / "shard"
+    settings = {"image_size": SIZE, "tokenizer": Tokenizer.load(), "key": bytes(32), "split_shares": (1.0, 0.0, 0.0)}
+    with ShardWriter(path, **settings) as writer:
+        for number in range(3 * NUM_EACH):
+            image = image_of(number) if number < NUM_EACH or number >= 2 * NUM_EACH else None
+            text = report_of(number) if number >= NUM_EACH else None
+            writer.add(patient=str(number), study=str(number), image=image, text=text)
+    return Shard.open(path)
+
+
+def sampler(shard: Shard, stream: str, *, batch_size: int = 4, seed: int = 0) -> Sampler:
+    return Sampler(shard, shard.select("train", stream), batch_size=batch_size, seed=seed)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    pairs = [(one.image, other.image), (one.text, other.text), (one.has_image, other.has_image), (one.has_text, other.has_text)]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b for a, b in pairs)
+
+
+def numbers(shard: Shard, batch: Batch) -> list[int]:
+    """Which studies a batch holds: by the first pixel, or by the words of the report."""
+    if batch.image is not None:
+        return (batch.image[:, 0, 0] * 255).round().int().tolist()
+    assert batch.text is not None
+    known = {tuple(shard.words(k).tolist()): k for k in shard.select("train", "text")}
+    return [known[tuple(word for word in row.tolist() if word)] for row in batch.text]
+
+
+STREAMS = pytest.mark.parametrize("stream", ["image", "text", "paired"])
+
+# ---- which studies a step sees
+
+
+@STREAMS
+def test_batch_of_a_step_is_the_same_whatever_was_asked_before(shard: Shard, stream: str) -> None:
+    forwards, backwards = sampler(shard, stream), sampler(shard, stream)
+    steps = [0, 1, 5, 6, 7, 13, 40]
+    there = {step: forwards.batch(step) for step in steps}
+    back = {step: backwards.batch(step) for step in reversed(steps)}
+    for step in steps:
+        assert same(there[step], back[step])
+        assert same(there[step], sampler(shard, stream).batch(step))
+
+
+@STREAMS
+def test_epoch_shows_every_study_once(shard: Shard, stream: str) -> None:
+    """Twenty-four studies in batches of four: six steps an epoch."""
+    drawn = sampler(shard, stream)
+    for epoch in range(3):
+        seen = [number for step in range(6) for number in numbers(shard, drawn.batch(6 * epoch + step))]
+        assert sorted(seen) == shard.select("train", stream).tolist()
+
+
+def test_epoch_of_many_pools_shows_every_report_once(shard: Shard) -> None:
+    """Reports are sorted by length within pools of sixteen batches; here there are two."""
+    drawn = sampler(shard, "text", batch_size=1)
+    seen = [number for step in range(24) for number in numbers(shard, drawn.batch(step))]
+    assert sorted(seen) == shard.select("train", "text").tolist()
+
+
+@STREAMS
+def test_what_does_not_fill_a_batch_waits_for_another_shuffle(shard: Shard, stream: str) -> None:
+    """Batches of five leave four over in each epoch, and not always the same four."""
+    drawn = sampler(shard, stream, batch_size=5)
+    epochs = [[number for step in range(4) for number in numbers(shard, drawn.batch(4 * epoch + step))] for epoch in range(6)]
+    assert all(len(set(seen)) == len(seen) == 20 for seen in epochs)
+    assert set().union(*map(set, epochs)) == set(shard.select("train", stream).tolist())
+
+
+@STREAMS
+def test_epochs_and_seeds_are_shuffled_anew(shard: Shard, stream: str) -> None:
+    drawn, other = sampler(shard, stream), sampler(shard, stream, seed=1)
+    first, second, elsewhere = (
+        [numbers(shard, source.batch(start + step)) for step in range(6)]
+        for source, start in ((drawn, 0), (drawn, 6), (other, 0))
+    )
+    assert first != second
+    assert first != elsewhere
+
+
+def test_batch_is_never_larger_than_the_shard(shard: Shard) -> None:
+    drawn = sampler(shard, "image", batch_size=1000)
+    assert len(drawn.batch(0)) == len(drawn.batch(1)) == NUM_EACH
+
+
+def test_no_study_of_the_stream_is_an_error_that_says_what_to_do(shard: Shard) -> None:
+    with pytest.raises(DataError, match="no study of the wanted stream and split in this shard; see `fedmix prepare --stream`"):
+        Sampler(shard, np.array([], dtype=np.int64), batch_size=4, seed=0)
+
+
+# ---- length buckets
+
+
+def padding(batches: list[Batch]) -> float:
+    return float(np.mean([(batch.text == 0).float().mean() for batch in batches if batch.text is not None]))
+
+
+def test_reports_of_similar_length_share_a_batch(shard: Shard) -> None:
+    """Against the same reports in random order, at least half of the padding is saved."""
+    drawn = sampler(shard, "text")
+    bucketed = [drawn.batch(step) for step in range(6)]
+    order = np.random.default_rng(0).permutation(shard.select("train", "text"))
+    shuffled = [collate([study(shard, int(row)) for row in order[start : start + 4]]) for start in range(0, 24, 4)]
+    assert padding(shuffled) > 0.2
+    assert padding(bucketed) < padding(shuffled) / 2
+
+
+def test_buckets_come_in_random_order(shard: Shard) -> None:
+    """Short reports first in every epoch would be a curriculum that nobody asked for."""
+    drawn = sampler(shard, "text")
+    lengths = [[drawn.batch(6 * epoch + step).text.shape[1] for step in range(6)] for epoch in range(4)]
+    assert any(epoch != sorted(epoch) for epoch in lengths)
+    assert len({tuple(epoch) for epoch in lengths}) > 1
+
+
+def test_pairs_are_not_sorted_by_length(shard: Shard) -> None:
+    """A batch of equally long reports would make contrast another task."""
+    drawn = sampler(shard, "paired")
+    spreads = [int((drawn.batch(step).text != 0).sum(dim=1).float().std() > 1) for step in range(12)]
+    assert sum(spreads) >= 8
+
+
+# ---- collating
+
+
+def test_studies_of_all_streams_fit_one_batch(shard: Shard) -> None:
+    batch = collate([study(shard, number) for number in (0, 30, 60, 1, 61)])
+    assert batch.counts() == {"image": 2, "text": 1, "paired": 2}
+    assert batch.has_image.tolist() == [True, False, True, True, True]
+    assert batch.has_text.tolist() == [False, True, True, False, True]
+    assert batch.image is not None
+    assert batch.text is not None
+    for row, number in enumerate((0, 60, 1, 61)):
+        assert torch.equal((batch.image[row] * 255).round().byte(), torch.from_numpy(image_of(number)))
+    for row, number in enumerate((30, 60, 61)):
+        words = shard.words(number)
+        assert batch.text[row, : len(words)].tolist() == words.tolist()
+        assert not batch.text[row, len(words) :].any()
+
+
+def test_grey_values_lie_between_zero_and_one(shard: Shard) -> None:
+    image = sampler(shard, "image").batch(0).image
+    assert image is not None
+    assert (image.dtype, float(image.min()) >= 0, float(image.max()) <= 1) == (torch.float32, True, True)
+
+
+def test_batch_of_one_stream_has_nothing_of_the_other(shard: Shard) -> None:
+    assert sampler(shard, "image").batch(0).text is None
+    assert sampler(shard, "text").batch(0).image is None
+
+
+def test_image_and_report_of_a_pair_stay_together(shard: Shard) -> None:
+    batch = sampler(shard, "paired").batch(3)
+    for row, number in enumerate(numbers(shard, batch)):
+        assert batch.text is not None
+        assert [word for word in batch.text[row].tolist() if word] == shard.words(number).tolist()
+
+
+def test_reports_are_padded_to_the_longest_of_their_batch() -> None:
+    padded = pad([torch.tensor([2, 7]), torch.tensor([2, 8, 9]), torch.tensor([2])])
+    assert padded.tolist() == [[2, 7, 0], [2, 8, 9], [2, 0, 0]]
+    assert padded.dtype == torch.int64
+
+
+def test_studies_are_copied_out_of_the_memory_map(shard: Shard) -> None:
+    one = study(shard, 60)
+    assert one.image is not None
+    assert one.text is not None
+    one.image.zero_()
+    one.text.zero_()
+    again = study(shard, 60)
+    assert again.image is not None
+    assert again.image.any()
+    assert again.text is not None
+    assert again.text.all()
+
+
+def test_shard_on_another_path_gives_the_same_batches(shard: Shard, tmp_path: Path) -> None:
+    """Where a file lies changes nothing, so the seed must not come from the path."""
+    moved = Shard.open(Path(shutil.copytree(shard.path, tmp_path / "elsewhere")))
+    assert same(sampler(shard, "paired").batch(9), sampler(moved, "paired").batch(9))

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedmix import config
+from fedmix.batch import Batch
+from fedmix.errors import RunError, UpdateError
+from fedmix.federation.local import Assignment, Optimisers, OptimiserState, arithmetic, cosine, seed_of, sum_metrics, train
+from fedmix.federation.update import REACHED_BY, Update, check, group_of, tower_of
+from fedmix.objectives.mixture import Learner
+
+EVERYTHING = {"mvm": 1.0, "mlm": 0.3, "contrast": 1.0, "match": 0.5, "joint_share": 0.5}
+BOTH_KINDS = pytest.mark.parametrize("kind", ["muon", "adamw"])
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Another batch of the same streams at every step."""
+
+    kinds: str
+
+    def batch(self, step: int) -> Batch:
+        return tiny.batch(self.kinds, seed=step)
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same batch at every step."""
+
+    kinds: str
+
+    def batch(self, step: int) -> Batch:
+        return tiny.batch(self.kinds)
+
+
+def stage(*, rounds: int = 1, steps: int = 4, **optimiser: object) -> config.Stage:
+    return config.Stage(name="joint", rounds=rounds, local_steps=steps, optimiser=config.Optimiser(**optimiser))
+
+
+def order(plan: config.Stage, *, first_step: int = 0, seed: int = 0, site: str = "west") -> Assignment:
+    return Assignment(site, plan, first_step, seed)
+
+
+def run(
+    kinds: str, plan: config.Stage, *, seed: int = 0, site: str = "west", precision: str = "float32"
+) -> tuple[Learner, Update, OptimiserState]:
+    learner = tiny.learner(**EVERYTHING)
+    update, state = train(learner, Fresh(kinds), order(plan, seed=seed, site=site), precision=precision)
+    return learner, update, state
+
+
+# ---- what an update holds
+
+
+def test_deltas_are_the_difference_between_after_and_before() -> None:
+    learner, update, _ = run("pppp", stage())
+    before, after = tiny.parameters_of(tiny.learner(**EVERYTHING).model), tiny.parameters_of(learner.model)
+    assert set(update.deltas) == set(before)
+    assert all(torch.equal(update.deltas[name], after[name] - before[name]) for name in before)
+    assert all(update.deltas[name].any() for name in before if "position" not in name)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("kinds", "stream"), [("iii", "image"), ("ttt", "text")])
+def test_untouched_parameters_keep_their_bits_and_are_not_sent(kinds: str, stream: str, kind: str) -> None:
+    learner, update, state = run(kinds, stage(kind=kind, weight_decay=0.5))
+    before = tiny.parameters_of(tiny.learner(**EVERYTHING).model)
+    expected = {name for name in before if stream in REACHED_BY[tower_of(group_of(name))]}
+    assert set(update.deltas) == expected
+    assert {key.split("/")[1] for key in state} == expected
+    for name, value in learner.model.named_parameters():
+        assert name in expected or torch.equal(value, before[name])
+
+
+@BOTH_KINDS
+def test_untouched_parameters_keep_their_bits_even_with_moments_from_earlier(kind: str) -> None:
+    """Stale momentum moved them by 7.8 % in 60 steps where gradients were zeroed and not dropped (feasibility.md)."""
+    learner, _, state = run("pppp", stage(kind=kind))
+    between = tiny.parameters_of(learner.model)
+    update, _ = train(learner, Fresh("iii"), order(stage(kind=kind)), optimiser_state=state)
+    for name, value in learner.model.named_parameters():
+        assert (name in update.deltas) == ("image" in REACHED_BY[tower_of(group_of(name))])
+        assert name in update.deltas or torch.equal(value, between[name])
+
+
+def test_update_counts_studies_steps_and_losses_as_sums() -> None:
+    learner, update, _ = run("iitp", stage(steps=3))
+    assert update.examples == {"image": 6, "text": 3, "paired": 3}
+    assert (update.site, update.steps) == ("west", 3)
+    assert set(update.metrics) == {"mvm/loss", "mlm/loss", "contrast/loss"}
+    assert update.metrics["mvm/loss"][1] == 3 * (2 * 11 + 6)
+    check(update, dict(learner.model.named_parameters()))
+
+
+def test_reported_loss_is_the_sum_over_the_steps() -> None:
+    """With a vanishing learning rate the model stays, so the losses can be computed apart."""
+    plan = stage(steps=3, kind="adamw", lr=1e-12)
+    _, update, _ = run("iii", plan)
+    learner, total = tiny.learner(**EVERYTHING), 0.0
+    for step in range(3):
+        chance = torch.Generator().manual_seed(seed_of(0, "west", "joint", step, "masks"))
+        total += learner.terms(tiny.batch("iii", seed=step), chance)["mvm"].total.item()
+    assert update.metrics["mvm/loss"][0] == pytest.approx(total, rel=1e-4)
+
+
+def test_every_step_is_announced() -> None:
+    seen: list[int] = []
+    train(tiny.learner(**EVERYTHING), Fresh("i"), order(stage(rounds=3), first_step=4), on_step=seen.append)
+    assert seen == [4, 5, 6, 7]
+
+
+# ---- same inputs, same bits
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    one, again = run("itpp", stage())[1], run("itpp", stage())[1]
+    assert all(torch.equal(one.deltas[name], again.deltas[name]) for name in one.deltas)
+    assert one.metrics == again.metrics
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"site": "east"}])
+def test_another_seed_or_site_hides_other_things(changed: dict[str, object]) -> None:
+    assert run("itpp", stage(), **changed)[1].metrics != run("itpp", stage())[1].metrics
+
+
+def test_global_random_state_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    learner = tiny.learner(**EVERYTHING)
+    one, _ = train(learner, Fresh("itpp"), order(stage()))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    again, _ = train(tiny.learner(**EVERYTHING), Fresh("itpp"), order(stage()))
+    assert one.metrics == again.metrics
+
+
+@BOTH_KINDS
+def test_two_rounds_with_kept_moments_are_one_round_of_twice_the_steps(kind: str) -> None:
+    whole, _, _ = run("itpp", stage(rounds=1, steps=6, kind=kind))
+    halves, plan = tiny.learner(**EVERYTHING), stage(rounds=2, steps=3, kind=kind)
+    _, state = train(halves, Fresh("itpp"), order(plan))
+    kept = {name: value.clone() for name, value in state.items()}  # as if written to the site's disk and read again
+    train(halves, Fresh("itpp"), order(plan, first_step=3), optimiser_state=kept)
+    for (name, one), other in zip(whole.model.named_parameters(), halves.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_forgotten_moments_do_make_a_difference() -> None:
+    """Else the test above would show nothing."""
+    whole, _, _ = run("itpp", stage(rounds=1, steps=6))
+    halves, plan = tiny.learner(**EVERYTHING), stage(rounds=2, steps=3)
+    train(halves, Fresh("itpp"), order(plan))
+    train(halves, Fresh("itpp"), order(plan, first_step=3))
+    name = "blocks.0.attention.qkv.weight"
+    assert not torch.equal(dict(whole.model.named_parameters())[name], dict(halves.model.named_parameters())[name])
+
+
+# ---- optimisers
+
+
+def reference_steps(net: torch.nn.Module, plan: config.Optimiser, num_steps: int) -> None:
+    """Clip, AdamW with decay on matrices and tables only, the cosine of the stage: written with torch alone."""
+    free = ("position", "tag", "temperature")
+    groups = [
+        {"params": [p for n, p in net.named_parameters() if p.ndim > 1 and not any(part in n for part in free)]},
+        {
+            "params": [p for n, p in net.named_parameters() if p.ndim == 1 or any(part in n for part in free)],
+            "weight_decay": 0.0,
+        },
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    for step in range(num_steps):
+        gradients(net, step)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), plan.clip_norm)
+        for group in optimiser.param_groups:
+            group["lr"] = plan.lr * cosine((step + 1) / num_steps, warmup=plan.warmup, final=plan.final_lr)
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def gradients(net: torch.nn.Module, step: int) -> None:
+    chance = tiny.generator(step)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=chance)
+
+
+def test_adamw_equals_torch_with_clipping_and_no_decay_on_vectors_and_tags() -> None:
+    ours, theirs, plan = tiny.model(), tiny.model(), config.Optimiser(kind="adamw", weight_decay=0.3)
+    optimisers = Optimisers(ours, plan)
+    for step in range(4):
+        gradients(ours, step)
+        optimisers.step((step + 1) / 4)
+    reference_steps(theirs, plan, 4)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    _, _, state = run("pppp", stage(kind="muon"))
+    taken = {kind: {key.split("/")[1] for key in state if key.startswith(kind)} for kind in ("muon", "adamw")}
+    shapes = {name: parameter.ndim for name, parameter in tiny.model().named_parameters()}
+    assert taken["muon"] == {name for name, ndim in shapes.items() if ndim == 2 and "blocks." in name}
+    assert taken["adamw"] == set(shapes) - taken["muon"]
+    assert {name.split(".")[-2] for name in taken["muon"]} == {"qkv", "proj", "fc1", "fc2"}
+
+
+def test_adamw_alone_takes_everything() -> None:
+    _, _, state = run("pppp", stage(kind="adamw"))
+    assert {key.split("/")[0] for key in state} == {"adamw"}
+
+
+def test_gradients_are_dropped_after_a_step() -> None:
+    """A zeroed gradient would let decay and momentum move what no loss reached in the next step."""
+    learner, _, _ = run("pppp", stage())
+    assert tiny.touched(learner.model) == set()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"sgd/word_head.logits.bias/exp_avg": torch.zeros(50)},
+        {"adamw/no.such.parameter/exp_avg": torch.zeros(50)},
+        {"adamw/word_head.logits.bias/exp_avg": torch.zeros(51)},
+        {"muon/blocks.0.attention.qkv.weight/momentum_buffer": torch.zeros(1, 32)},
+        {"nonsense": torch.zeros(1)},
+    ],
+)
+def test_moments_of_another_experiment_are_refused(state: dict[str, Tensor]) -> None:
+    with pytest.raises(RunError, match="belongs to another experiment; start the run anew"):
+        Optimisers(tiny.model(), config.Optimiser()).load(state)
+
+
+def test_moments_survive_saving_and_loading() -> None:
+    learner, _, state = run("pppp", stage())
+    again = Optimisers(learner.model, config.Optimiser())
+    again.load(state)
+    assert set(again.state()) == set(state)
+    assert all(torch.equal(again.state()[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_stops_training_before_the_model_moves(poison: float) -> None:
+    learner = tiny.learner(**EVERYTHING)
+    with torch.no_grad():
+        learner.model.patch_decoder.values.bias[0] = poison
+    before = tiny.parameters_of(learner.model)
+    with pytest.raises(UpdateError, match=r"the gradient is not finite; lower optimiser.lr or optimiser.muon_lr"):
+        train(learner, Fresh("iii"), order(stage()))
+    for name, value in learner.model.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the learning rate
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.55, 0.6), (1.0, 0.2), (0.325, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))],
+)
+def test_learning_rate_rises_and_falls_as_calculated_by_hand(progress: float, share: float) -> None:
+    """A tenth of warm-up, then a cosine from 1 down to .2."""
+    assert cosine(progress, warmup=0.1, final=0.2) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("warmup", "progress", "share"), [(0.0, 0.0, 1.0), (1.0, 0.5, 0.5), (1.0, 1.0, 1.0)])
+def test_no_warm_up_and_nothing_but_warm_up_are_defined(warmup: float, progress: float, share: float) -> None:
+    assert cosine(progress, warmup=warmup, final=0.0) == pytest.approx(share)
+
+
+def test_rounds_of_a_stage_follow_one_cosine() -> None:
+    assert order(stage(rounds=3, steps=5)).num_stage_steps == 15
+
+
+# ---- seeds
+
+
+def test_seeds_are_known_numbers() -> None:
+    """The same in every process, whatever its hash salt, and in every version: published runs hang on them."""
+    assert seed_of(0) == 3456079177858693020
+    assert seed_of(1, "west", "paired", 3, "masks") == 1947963890459290515
+
+
+def test_seeds_differ_by_every_part_of_their_purpose() -> None:
+    purposes = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, 1, "a")]
+    seeds = {seed_of(*purpose) for purpose in purposes}
+    assert len(seeds) == len(purposes)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ---- precision
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this processor has no bfloat16 arithmetic; torch would emulate it, which says nothing about training with it",
+)
+def test_bfloat16_learns_like_float32() -> None:
+    """After 60 steps on eight pairs each loss, read in float32, agrees within 3 % and has fallen clearly."""
+    losses = {}
+    for precision in ("untrained", "float32", "bfloat16"):
+        learner = tiny.learner(mvm=1.0, mlm=0.3, contrast=1.0)
+        if precision != "untrained":
+            train(learner, Same("pppppppp"), order(stage(steps=60)), precision=precision)
+        with torch.no_grad():
+            terms = [learner.terms(tiny.batch("pppppppp"), tiny.generator(seed)) for seed in range(10)]
+        losses[precision] = {name: sum(found[name].mean().item() for found in terms) / 10 for name in terms[0]}
+    for name in ("mvm", "mlm", "contrast"):
+        assert losses["bfloat16"][name] == pytest.approx(losses["float32"][name], rel=0.03)
+        assert losses["bfloat16"][name] < 0.85 * losses["untrained"][name]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_trunk_runs_in_the_precision_asked_for_and_losses_in_float32(precision: str, dtype: torch.dtype) -> None:
+    learner = tiny.learner(**EVERYTHING)
+    with arithmetic(precision):
+        logits = learner.model.word_head(learner.model.encode(words_BL=tiny.words(2)).tokens["text"])
+        terms = learner.terms(tiny.batch("itpppp"), tiny.generator())
+    assert logits.dtype == dtype
+    assert {term.total.dtype for term in terms.values()} == {torch.float32}
+
+
+def test_parameters_deltas_and_moments_stay_float32_under_bfloat16() -> None:
+    learner, update, state = run("itpp", stage(), precision="bfloat16")
+    tensors = [*learner.model.parameters(), *update.deltas.values(), *state.values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+# ---- metrics
+
+
+def test_metrics_of_sites_are_added_and_divided_once() -> None:
+    """A site of weight 30 at loss 1 and one of 10 at loss 3 make 1.5; a site without the metric is not a zero."""
+    updates = [
+        Update("a", {}, {}, 1, {"mvm/loss": (30.0, 30.0)}),
+        Update("b", {}, {}, 1, {"mvm/loss": (30.0, 10.0), "mlm/loss": (8.0, 4.0)}),
+        Update("c", {}, {}, 1, {"contrast/loss": (0.0, 0.0)}),
+    ]
+    assert sum_metrics(updates) == {"mvm/loss": 1.5, "mlm/loss": 2.0}

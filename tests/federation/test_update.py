@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedmix.errors import UpdateError
+from fedmix.federation.update import REACHED_BY, Update, check, digest, group_of, num_bytes, tower_of, typed
+
+# ---- groups and towers
+
+
+@pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])
+def test_every_parameter_of_the_model_belongs_to_a_group(experts: bool) -> None:
+    names = [name for name, _ in tiny.model(modality_experts=experts).named_parameters()]
+    found = {group_of(name) for name in names}
+    expected = {"image.embedding", "text.embedding", "image.decoder", "text.head", "pair.projection", "pair.match_head"}
+    expected |= {f"block{number}.attention" for number in range(2)}
+    kinds = ("image", "text") if experts else ("shared",)
+    expected |= {f"block{number}.{kind}" for number in range(2) for kind in kinds} | {f"{kind}.norm" for kind in kinds}
+    assert found == expected
+
+
+def test_parameter_of_an_unknown_room_is_refused() -> None:
+    with pytest.raises(UpdateError, match=r"'audio.weight' belongs to no group; give its room a line"):
+        group_of("audio.weight")
+
+
+@pytest.mark.parametrize(
+    ("group", "tower"),
+    [
+        ("block0.attention", "shared"),
+        ("block1.shared", "shared"),
+        ("shared.norm", "shared"),
+        ("block1.image", "image"),
+        ("image.norm", "image"),
+        ("image.decoder", "image"),
+        ("block0.text", "text"),
+        ("text.head", "text"),
+        ("text.embedding", "text"),
+        ("pair.projection", "pair"),
+        ("pair.match_head", "pair"),
+    ],
+)
+def test_tower_says_which_streams_reach_a_group(group: str, tower: str) -> None:
+    assert tower_of(group) == tower
+
+
+@pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])
+@pytest.mark.parametrize(("kinds", "stream"), [("iii", "image"), ("ttt", "text"), ("pppp", "paired")])
+def test_stream_trains_exactly_the_parameters_of_the_towers_it_reaches(kinds: str, stream: str, experts: bool) -> None:
+    """The table REACHED_BY against where gradients really go, with every objective on."""
+    learner = tiny.learner(
+        mvm=1.0, mlm=1.0, contrast=1.0, match=1.0, joint_share=1.0, sizes={"modality_experts": experts}
+    )  # fmt: skip
+    learner.loss(learner.terms(tiny.batch(kinds), tiny.generator())).backward()
+    names = {name for name, _ in learner.model.named_parameters()}
+    assert tiny.touched(learner.model) == {name for name in names if stream in REACHED_BY[tower_of(group_of(name))]}
+
+
+# ---- what the server accepts
+
+
+@pytest.fixture
+def parameters() -> dict[str, Tensor]:
+    return tiny.parameters_of(tiny.model())
+
+
+@pytest.fixture
+def good(parameters: Mapping[str, Tensor]) -> Update:
+    """From a site with pairs, which may train everything."""
+    deltas = {name: torch.full_like(value, 0.01) for name, value in parameters.items()}
+    return Update("west", deltas, {"image": 0, "text": 0, "paired": 24}, 3, {"mvm/loss": (5.0, 2.0)})
+
+
+BIAS = "word_head.logits.bias"  # [50]
+
+
+def changed(update: Update, name: str, delta: Tensor) -> Update:
+    return replace(update, deltas={**update.deltas, name: delta})
+
+
+def test_update_as_it_was_asked_for_is_accepted(good: Update, parameters: Mapping[str, Tensor]) -> None:
+    check(good, parameters)
+
+
+def test_update_of_some_of_the_groups_is_accepted(good: Update, parameters: Mapping[str, Tensor]) -> None:
+    check(replace(good, deltas={BIAS: torch.zeros(50)}), parameters)
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        pytest.param(
+            torch.zeros(1), r"update is \(1,\) torch.float32, the model has \(50,\) torch.float32", id="would broadcast"
+        ),
+        pytest.param(torch.zeros(()), r"update is \(\) torch.float32", id="number"),
+        pytest.param(torch.zeros(1, 50), r"update is \(1, 50\)", id="one dimension more"),
+        pytest.param(torch.zeros(51), r"update is \(51,\)", id="longer"),
+        pytest.param(torch.zeros(0), r"update is \(0,\)", id="empty"),
+        pytest.param(torch.zeros(50, dtype=torch.float64), r"torch.float64, the model has \(50,\) torch.float32", id="float64"),
+        pytest.param(torch.zeros(50, dtype=torch.int64), "torch.int64", id="integers"),
+        pytest.param(torch.zeros(50, dtype=torch.complex64), "torch.complex64", id="complex"),
+        pytest.param(torch.full((50,), float("nan")), "values that are not finite", id="all nan"),
+        pytest.param(
+            torch.zeros(50).index_fill(0, torch.tensor([49]), float("inf")), "values that are not finite", id="one inf"
+        ),
+        pytest.param(torch.zeros(50).index_fill(0, torch.tensor([0]), -float("inf")), "not finite", id="one -inf"),
+    ],
+)
+def test_tensor_that_is_not_as_asked_for_is_refused(
+    good: Update, parameters: Mapping[str, Tensor], delta: Tensor, message: str
+) -> None:
+    with pytest.raises(UpdateError, match=message):
+        check(changed(good, BIAS, delta), parameters)
+
+
+def test_unknown_names_are_refused_and_counted_but_not_repeated(good: Update, parameters: Mapping[str, Tensor]) -> None:
+    """A site chooses the name, so it must not reach the server's log."""
+    with pytest.raises(UpdateError, match=r"^1 tensors in the update are not in the model$"):
+        check(changed(good, "patient Jane Doe", torch.zeros(1)), parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deltas": {}}, "the update is empty"),
+        ({"steps": 0}, "at least one step on at least one study"),
+        ({"steps": -1}, "at least one step"),
+        ({"examples": {"paired": 0}}, "at least one study"),
+        ({"examples": {}}, "at least one study"),
+        ({"examples": {"paired": 30, "image": -6}}, "at least one study"),
+        ({"examples": {"paired": 24, "video": 1}}, "counts its studies as image, text, paired and nothing else"),
+        ({"examples": {"text": 24}}, r"update holds (image|pair) parameters, but counts no study that reaches them"),
+        ({"metrics": {"mvm/loss": (float("nan"), 1.0)}}, "metrics that are not finite"),
+        ({"metrics": {"mvm/loss": (1.0, float("inf"))}}, "metrics that are not finite"),
+    ],
+)
+def test_counts_that_cannot_be_true_are_refused(
+    good: Update, parameters: Mapping[str, Tensor], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UpdateError, match=message):
+        check(replace(good, **changes), parameters)
+
+
+# ---- fields of messages
+
+
+def test_field_of_the_right_type_is_returned() -> None:
+    assert typed({"round": 3}, "round", int) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "got"), [({}, "NoneType"), ({"round": "3"}, "str"), ({"round": True}, "bool"), ({"round": 3.0}, "float")]
+)
+def test_field_that_is_missing_or_of_another_type_is_refused(values: dict[str, object], got: str) -> None:
+    """True is an int to Python, and no round number."""
+    with pytest.raises(UpdateError, match=f"field 'round' of a message should be int, it is {got}"):
+        typed(values, "round", int)
+
+
+# ---- the identity of a model
+
+
+def flipped(value: Tensor, index: int, bit: int) -> Tensor:
+    """A copy with one bit turned."""
+    raw = value.clone().view(torch.int32)
+    raw.view(-1)[index] ^= 1 << bit
+    return raw.view(torch.float32)
+
+
+@pytest.mark.parametrize("bit", [0, 22, 30])
+def test_digest_changes_with_any_bit(parameters: dict[str, Tensor], bit: int) -> None:
+    before = digest(parameters)
+    for name in ("embed_image.project.bias", "blocks.1.attention.qkv.weight", BIAS):
+        assert digest({**parameters, name: flipped(parameters[name], -1, bit)}) != before
+
+
+def test_digest_changes_with_the_sign_of_zero() -> None:
+    assert digest({"a": torch.tensor([0.0])}) != digest({"a": torch.tensor([-0.0])})
+
+
+def test_digest_changes_with_names_shapes_and_types() -> None:
+    value = torch.arange(6.0)
+    others = [{"b": value}, {"a": value.reshape(2, 3)}, {"a": value.view(torch.int32)}, {"a": value[:3], "a2": value[3:]}]
+    assert len({digest(parameters) for parameters in [{"a": value}, *others]}) == 5
+
+
+def test_digest_does_not_depend_on_order_memory_layout_or_gradients(parameters: dict[str, Tensor]) -> None:
+    before = digest(parameters)
+    assert digest(dict(reversed(parameters.items()))) == before
+    assert digest({name: value.clone().requires_grad_() for name, value in parameters.items()}) == before
+    turned = {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in parameters.items()}
+    assert digest(turned) == before
+
+
+def test_bytes_are_counted_by_element_size() -> None:
+    assert num_bytes([torch.zeros(3, 4), torch.zeros(5, dtype=torch.float16)]) == 48 + 10

@@ -1,0 +1,115 @@
+"""The house rules that a reader should be able to rely on without reading everything."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("fedmix", "server", "client", "simulations")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+UNPICKLES = {"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle"}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every import as (name in this file, full name)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.asname or alias.name.split(".")[0], alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def full_name(node: ast.expr, names: dict[str, str]) -> str:
+    """``np.load`` as ``numpy.load``, whatever the file calls its imports; empty where it is no plain name."""
+    if isinstance(node, ast.Attribute):
+        owner = full_name(node.value, names)
+        return f"{owner}.{node.attr}" if owner else ""
+    return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def dangers(source: str) -> list[str]:
+    """What in a file could run code that came as data."""
+    tree = ast.parse(source)
+    names = {name: full for name, full in imported(tree) if name != full.split(".")[0]}
+    found = [full for _, full in imported(tree) if full.split(".")[0] in PICKLES or full in UNPICKLES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = full_name(node.func, names)
+            # Numpy reads arrays and nothing else, unless its third argument allows pickles.
+            found += [name] if name in UNPICKLES | RUNS_CODE or (name == "numpy.load" and len(node.args) > 2) else []
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            found += [] if isinstance(node.value, ast.Constant) and node.value.value is False else [node.arg]
+    return found
+
+
+def test_import_contracts_are_kept() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 broken" in result.stdout
+
+
+def test_no_file_unpickles_or_runs_data() -> None:
+    found = {str(path.relative_to(ROOT)): dangers(path.read_text()) for path in FILES}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import joblib as j",
+        "import torch as t\nt.load(p)",
+        "from torch import load",
+        "from torch import load as read\nread(p)",
+        "import yaml\nyaml.load(t, Loader=yaml.SafeLoader)",
+        "from yaml import unsafe_load",
+        "import numpy as np\nnp.load(p, allow_pickle=True)",
+        "import numpy as np\nnp.load(p, None, True)",
+        "eval(text)",
+        "exec(text)",
+        "f = lambda: compile(t, '', 'exec')",
+    ],
+)
+def test_the_search_finds_what_it_is_for(source: str) -> None:
+    assert dangers(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "import yaml\nyaml.safe_load(t)",
+        "import numpy as np\nnp.load(p)",
+        "import numpy as np\nnp.load(p, allow_pickle=False)",
+        "import re\nre.compile('x')",
+        "self.load(state)",
+    ],
+)
+def test_the_search_lets_harmless_calls_pass(source: str) -> None:
+    assert not dangers(source)
+
+
+def test_nothing_inside_fedmix_imports_flower() -> None:
+    science = [path for path in FILES if path.is_relative_to(ROOT / "fedmix")]
+    found = {str(path): [full for _, full in imported(ast.parse(path.read_text())) if "flwr" in full] for path in science}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_there_is_a_file_in_every_room() -> None:
+    """An empty search would pass every test above."""
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(ROOMS)
