@@ -1,6 +1,6 @@
 """Which studies a step sees. A step's batch is a pure function of (seed, step): nothing to save, nothing to lose on resume.
 
-Reports alone are drawn in batches of similar length, so little is computed on padding (feasibility.md: twice the speed);
+Reports alone are drawn in batches of similar length, so little is computed on padding (twice the speed);
 pairs are drawn evenly, because a batch of equally long reports would make contrast an easier, other task.
 """
 

@@ -195,7 +195,7 @@ class HeldOut:
 class EvaluationSettings:
     """How much to evaluate and with which seed; every number is the same for every method that is compared."""
 
-    gallery: int = 500  # studies a query chooses from; recall depends on it, so it is fixed (feasibility.md)
+    gallery: int = 500  # studies a query chooses from; recall depends on it, so it is fixed
     mask_ratio: float = 0.75  # share of patches hidden for regeneration (MAE)
     text_mask_ratio: float = 0.15  # share of words hidden for the language task (BERT)
     num_probe_train: int = 1000  # labelled studies that train the linear probe

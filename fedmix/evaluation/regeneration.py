@@ -1,7 +1,7 @@
 """Image regeneration: patches are hidden by fixed seeded masks, and predicted from the rest, with and without the report.
 
 PSNR counts hidden pixels only; SSIM is of the composed picture (truth where visible, prediction where hidden). Both are
-means over images. Predictions are clamped to 0..1; no statistic of a hidden patch is used to draw it (science.md 8.2).
+means over images. Predictions are clamped to 0..1; no statistic of a hidden patch is used to draw it.
 
 Baselines see what the model sees, visible pixels and a public mean image: the mean image; the mean image with the
 gain and offset that fit the visible pixels best; smoothing of the visible pixels into the gaps; and the fitted mean

@@ -1,7 +1,7 @@
 """The server's arithmetic: pure functions from updates to the next parameters.
 
-Plain FedAvg divides every parameter's sum by the examples of ALL sites, so what few sites train hardly moves (science.md
-finding 1). Here weights are per parameter group and per stream (science.md 8.1):
+Plain FedAvg divides every parameter's sum by the examples of ALL sites, so what few sites train hardly moves. Here
+weights are per parameter group and per stream:
 
     p[k, g] = sum over streams m that reach g of  mix[m | g] * n[k, m]^a / sum_j n[j, m]^a
 
@@ -93,7 +93,7 @@ def outer_step(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The server's SGD step along the aggregated change, as new parameters and new velocity.
 
-    Parameters without a change, and their velocity, stay as they are to the bit (science.md 8.1).
+    Parameters without a change, and their velocity, stay as they are to the bit.
     """
     new_parameters, new_velocity = dict(parameters), dict(velocity)
     for name, delta in deltas.items():

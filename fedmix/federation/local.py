@@ -110,7 +110,7 @@ class Optimisers:
 def arithmetic(precision: str) -> Iterator[None]:
     """Run the model in ``precision``; losses stay float32 whatever it is.
 
-    bfloat16 is autocast. On CPUs its flash attention kernel took 45 % of a step (feasibility.md), so the plain one is used.
+    bfloat16 is autocast. On CPUs its flash attention kernel took 45 % of a step, so the plain one is used.
     """
     if precision == "float32":
         yield

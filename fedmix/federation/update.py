@@ -1,7 +1,7 @@
 """What a site sends back, and which parameters belong together.
 
 A parameter GROUP is the unit that is trained, sent and averaged as one: a block's shared attention, its image expert, its
-text expert, and so on. A TOWER says which streams reach a group, and with what fixed share (science.md 8.1).
+text expert, and so on. A TOWER says which streams reach a group, and with what fixed share.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Projection(nn.Module):
         return F.normalize(projection(pooled_BD).float(), dim=-1)
 
     def temperature(self) -> Tensor:
-        """The learned temperature, kept inside [.01, .5] (science.md 8.3)."""
+        """The learned temperature, kept inside [.01, .5]."""
         zero = torch.zeros(1, dtype=torch.long, device=self.log_temperature.weight.device)
         temperature: Tensor = self.log_temperature(zero).exp()
         return temperature.clamp(self.MIN_TEMPERATURE, self.MAX_TEMPERATURE).squeeze()

@@ -1,6 +1,6 @@
 """What a hidden patch is predicted as, and how a prediction becomes pixels again.
 
-``multi_scale`` is a Laplacian pyramid inside the patch with one fixed weight a scale (science.md 8.2): fine detail counts
+``multi_scale`` is a Laplacian pyramid inside the patch with one fixed weight a scale: fine detail counts
 as much as the coarse grey, and an image can be drawn without statistics of the truth. ``single_scale`` predicts raw
 pixels; ``norm_pix`` predicts pixels normalised by the patch's own mean and deviation (MAE, section 3), which cannot be
 undone without the truth, so ``join`` then gives every patch the same fixed statistics.

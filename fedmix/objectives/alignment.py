@@ -13,7 +13,7 @@ from fedmix.batch import Term
 
 
 def contrast_term(image_BE: Tensor, text_BE: Tensor, temperature: Tensor, *, label_smoothing: float = 0.0) -> Term:
-    """Symmetric InfoNCE on unit embeddings (CLIP; science.md 8.3), weight: pairs. One pair alone teaches nothing: zero."""
+    """Symmetric InfoNCE on unit embeddings (CLIP, 2103.00020), weight: pairs. One pair alone teaches nothing: zero."""
     with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 would round similarities before they are sharpened
         logits_BB = image_BE.float() @ text_BE.float().T / temperature.float()
     target_B = torch.arange(len(logits_BB), device=logits_BB.device)

@@ -16,7 +16,7 @@ from fedmix.model import pyramid
 def masked_patch_term(predicted_BPV: Tensor, patches_BPC: Tensor, hidden_BP: Tensor, *, kind: str) -> Term:
     """Squared error on hidden patches (MAE, section 3), weight: hidden patches.
 
-    For the pyramid each scale's mean counts alike, lambda = 1/1/1 (science.md 8.2), so coarse grey and fine edges both
+    For the pyramid each scale's mean counts alike, lambda = 1/1/1, so coarse grey and fine edges both
     matter although the fine scale has sixteen times the values.
     """
     error_BPV = (predicted_BPV.float() - pyramid.split(kind, patches_BPC)).square()

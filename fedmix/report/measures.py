@@ -18,7 +18,7 @@ Kind = Literal["main", "baseline", "reference"]
 NOT_EVALUATED = "not evaluated in this run"
 NO_REASON = "could not be computed; the run gave no reason"
 
-# What each baseline of science.md section 9 is, for readers who do not know its name.
+# What each baseline is, for readers who do not know its name.
 ABOUT_METHOD = {
     "fedmix": "the method of this run",
     "random_init": "weights never trained",
@@ -225,7 +225,7 @@ def markdown(grid: Grid) -> str:
 
 
 def recovered_gap(report: Report) -> list[tuple[Measure, float | None]]:
-    """(fedmix - best site) / (centralised - best site) for each measure that all three have (science.md section 9).
+    """(fedmix - best site) / (centralised - best site) for each measure that all three have.
 
     None where pooling the data brought nothing over the best site: the ratio then says nothing. Empty without both baselines.
     """

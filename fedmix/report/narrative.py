@@ -15,7 +15,7 @@ from fedmix.report.measures import MEASURES, Measure
 from fedmix.report.summary import Evaluation, Regeneration, Report
 
 HOLDINGS = {"image": "with images only", "text": "with reports only", "paired": "with both"}
-EXPECTED_BASELINES = ("best_site", "fedavg_all", "paired_only", "centralised")  # science.md section 9, the core of it
+EXPECTED_BASELINES = ("best_site", "fedavg_all", "paired_only", "centralised")  # the least that a claim has to stand beside
 
 
 def what_happened(report: Report, history: History) -> list[str]:

@@ -1,4 +1,4 @@
-"""Speed as ratios, measured side by side in one run; `fedmix bench` prints one JSON line a case (design.md, Speed)."""
+"""Speed as ratios, measured side by side in one run; `fedmix bench` prints one JSON line a case."""
 
 from __future__ import annotations
 

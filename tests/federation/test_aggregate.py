@@ -40,7 +40,7 @@ def first(deltas: Mapping[str, Tensor], name: str) -> float:
     return deltas[name][0].item()
 
 
-# ---- the finding that decided the rule (science.md, finding 1)
+# ---- the finding that decided the rule
 
 
 def test_naive_averaging_shrinks_what_few_sites_train_and_modality_aware_does_not() -> None:
@@ -235,7 +235,7 @@ def test_no_update_gives_no_change() -> None:
 
 
 def test_updates_are_not_changed_by_adding_them_up() -> None:
-    """An in-place sum made another system's average depend on the order of the sites (science.md, finding 3)."""
+    """An in-place sum made another system's average depend on the order of the sites."""
     updates = [site("a", 1.0, image=1), site("b", 2.0, image=1)]
     for order in permutations(updates):
         assert first(aggregate(order, AWARE), IMAGE) == 1.5

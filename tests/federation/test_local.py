@@ -80,7 +80,7 @@ def test_untouched_parameters_keep_their_bits_and_are_not_sent(kinds: str, strea
 
 @BOTH_KINDS
 def test_untouched_parameters_keep_their_bits_even_with_moments_from_earlier(kind: str) -> None:
-    """Stale momentum moved them by 7.8 % in 60 steps where gradients were zeroed and not dropped (feasibility.md)."""
+    """Stale momentum moved them by 7.8 % in 60 steps where gradients were zeroed and not dropped."""
     learner, _, state = run("pppp", stage(kind=kind))
     between = tiny.parameters_of(learner.model)
     update, _ = train(learner, Fresh("iii"), order(stage(kind=kind)), optimiser_state=state)
