@@ -7,7 +7,9 @@ shard, and answers with an update or with a reason. The same app runs in-process
 
 from __future__ import annotations
 
+import contextlib
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +27,7 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError, FedmixError
 from fedmix.federation import local
-from fedmix.federation.update import digest
+from fedmix.federation.update import REACHED_BY, digest, group_of, tower_of
 from fedmix.model.encoder import MixedModel
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
@@ -47,19 +49,38 @@ def build_app(locate: Callable[[Context], Place]) -> ClientApp:
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        try:
-            return _greet(message, locate(context))
-        except FedmixError as error:
-            return messages.refusal(message, str(error))
+        return _answer(_greet, message, context, locate)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        try:
-            return _train(message, locate(context))
-        except FedmixError as error:
-            return messages.refusal(message, str(error))
+        return _answer(_train, message, context, locate)
 
     return app
+
+
+def _answer(
+    job: Callable[[Message, Place], Message], message: Message, context: Context, locate: Callable[[Context], Place]
+) -> Message:
+    """A job's reply, or a refusal; what a bug raises is named by its kind only, for its text may quote data."""
+    place: Place | None = None
+    try:
+        place = locate(context)
+        return job(message, place)
+    except FedmixError as error:
+        return messages.refusal(message, str(error))
+    except Exception as error:  # it must reach the server as a reply, or the round would wait for it
+        if place is not None:
+            _keep_details(place)
+        return messages.refusal(
+            message, f"the site's job failed with {type(error).__name__}; last_error.txt in its state folder has the details"
+        )
+
+
+def _keep_details(place: Place) -> None:
+    """Leave the traceback where the site's engineer finds it, and nobody else."""
+    with contextlib.suppress(OSError):
+        place.state.mkdir(parents=True, exist_ok=True)
+        (place.state / "last_error.txt").write_text(traceback.format_exc())
 
 
 def from_node_config(context: Context) -> Place:
@@ -75,10 +96,14 @@ app = build_app(from_node_config)
 
 
 def _greet(message: Message, place: Place) -> Message:
+    """Say who this site is, once everything it was given has been found to fit."""
     experiment = _experiment(place.experiment)
     site = _site(experiment, place.site)
-    shard = _shard(place.shard)
-    _check(shard, site, experiment)
+    try:
+        shard = Shard.open(place.shard)  # reads every byte once: damage is found before hours of training
+        _check(shard, site, experiment)
+    except DataError as error:
+        raise DataError(f"site {site.name}: {error}") from None
     return messages.greeting(
         message,
         site=site.name,
@@ -96,57 +121,64 @@ def _train(message: Message, place: Place) -> Message:
         raise ConfigError("the server runs another experiment than the one given to this site (fingerprints differ)")
     site = _site(experiment, place.site)
     stage, round_in_stage = experiment.stage_of(order.round_number)
+    if site not in config.sites_of(stage, experiment.data.sites):
+        raise ConfigError(f"the server asks for stage {stage.name}, in which this site takes no part")
     torch.set_num_threads(experiment.federation.threads_per_site)
-    learner = _learner(experiment, stage)
-    _load(learner.model, order)
-    first_step = round_in_stage * stage.local_steps
+    learner = _learner(place.experiment, stage.name)
+    _load(learner.model, order, site.stream)
+    sampler = _sampler(place.shard, place.experiment, site.name, stage.name)
     store = OptimiserStore(place.state, order.run)
-    keeps_state = stage.optimiser.keep_state and round_in_stage > 0
-    optimiser_state = store.before(order.round_number) if keeps_state else None
-    sampler = _sampler(place.shard, site, stage, experiment.seed)
+    keeps_state = stage.optimiser.keep_state
     started = time.time()
     update, optimiser_state = local.train(
         learner,
         sampler,
-        local.Assignment(site.name, stage, first_step, experiment.seed),
-        optimiser_state=optimiser_state,
+        local.Assignment(site.name, stage, round_in_stage * stage.local_steps, experiment.seed),
+        optimiser_state=store.before(order.round_number, since=order.round_number - round_in_stage) if keeps_state else None,
         precision=experiment.federation.precision,
     )
     trained_s = (started, time.time())
-    if stage.optimiser.keep_state:
-        store.save(order.round_number, optimiser_state)
+    if keeps_state:
+        store.save(order.round_number, optimiser_state)  # before the reply: a committed round must find it
     return messages.reply(message, order, update, fingerprint=fingerprint, trained_s=trained_s)
 
 
-def _load(model: MixedModel, order: messages.Order) -> None:
-    """Copy the server's parameters in; those it left out belong to towers that this site does not train."""
+def _load(model: MixedModel, order: messages.Order, stream: config.StreamName) -> None:
+    """Copy the server's parameters in: all that this site's stream reaches, and no other."""
     if digest(order.parameters) != order.base:
         raise DataError("the server's parameters were damaged on the way (hash differs); the next round sends them again")
-    own = dict(model.named_parameters())
+    own = {name: value for name, value in model.named_parameters() if stream in REACHED_BY[tower_of(group_of(name))]}
+    if order.parameters.keys() != own.keys():
+        raise ConfigError(
+            f"the server sent {len(order.parameters)} parameters, this site trains {len(own)}, and their names differ; "
+            "are both of one version?"
+        )
     with torch.no_grad():
         for name, value in order.parameters.items():
-            if name not in own or own[name].shape != value.shape:
-                raise ConfigError(f"the server's model has {name} as {tuple(value.shape)}, this experiment's has not")
+            if own[name].shape != value.shape or own[name].dtype != value.dtype:
+                raise ConfigError(
+                    f"the server's {name} is {tuple(value.shape)} {value.dtype}, this experiment's is "
+                    f"{tuple(own[name].shape)} {own[name].dtype}"
+                )
             own[name].copy_(value)
+    model.zero_grad(set_to_none=True)  # a job that failed midway may have left gradients
 
 
 def _check(shard: Shard, site: config.Site, experiment: config.Experiment) -> None:
     """Refuse a shard that was prepared for something else, before hours of training."""
     if shard.image_size != experiment.data.image_size and bool(shard.has_image.any()):
         raise DataError(
-            f"site {site.name}: its shard holds images of {shard.image_size} px, the experiment wants "
+            f"its shard holds images of {shard.image_size} px, the experiment wants "
             f"{experiment.data.image_size}; prepare it again with --size {experiment.data.image_size}"
         )
     wanted = _tokenizer(experiment.data.tokenizer).fingerprint
     if bool(shard.has_text.any()) and shard.tokenizer_fingerprint != wanted:
-        raise DataError(
-            f"site {site.name}: its shard was prepared with another tokenizer; prepare it again with this experiment's"
-        )
+        raise DataError("its shard was prepared with another tokenizer than the experiment's; prepare it again with that one")
     if len(_rows(shard, site.stream)) == 0:
         counts = ", ".join(f"{count} {name}" for name, count in shard.stream_counts.items() if count) or "nothing"
         raise DataError(
-            f"site {site.name} is to train on {site.stream} studies, but its shard's training split holds none "
-            f"({counts} over all splits); give the site the stream it holds, or another shard"
+            f"it is to train on {site.stream} studies, but its shard's training split holds none "
+            f"({counts} over all splits); give it the stream it holds, or another shard"
         )
 
 
@@ -155,7 +187,10 @@ def _check(shard: Shard, site: config.Site, experiment: config.Experiment) -> No
 
 @lru_cache(maxsize=4)
 def _experiment(path: Path) -> config.Experiment:
-    return config.load(path)
+    try:
+        return config.load(path)
+    except ConfigError as error:  # a refusal leaves the site, and a path may name a patient or a person
+        raise ConfigError(str(error).replace(str(path), "the site's experiment file")) from None
 
 
 @lru_cache(maxsize=4)
@@ -164,19 +199,35 @@ def _tokenizer(path: Path | None) -> Tokenizer:
 
 
 @lru_cache(maxsize=32)
-def _shard(path: Path) -> Shard:
-    return Shard.open(path)
-
-
-@lru_cache(maxsize=32)
-def _sampler(path: Path, site: config.Site, stage: config.Stage, seed: int) -> Sampler:
-    shard = _shard(path)
+def _sampler(shard_path: Path, experiment_path: Path, site_name: str, stage_name: str) -> Sampler:
+    """A site's batches in a stage. The greeting has compared the shard's hashes; here its sizes are enough."""
+    experiment = _experiment(experiment_path)
+    site, stage = _site(experiment, site_name), _stage(experiment, stage_name)
+    shard = Shard.open(shard_path, verify=False)
+    _check(shard, site, experiment)
     return Sampler(
         shard,
         _rows(shard, site.stream),
         batch_size=stage.batch_size,
-        seed=local.seed_of(seed, site.name, stage.name, "batches"),
+        seed=local.seed_of(experiment.seed, site.name, stage.name, "batches"),
     )
+
+
+@lru_cache(maxsize=1)
+def _learner(experiment_path: Path, stage_name: str) -> Learner:
+    """A model to load an order's parameters into. Nothing of an earlier order is left that a later one could read:
+    what a site's stream reaches is overwritten, and the rest stays out of its losses.
+    """
+    experiment = _experiment(experiment_path)
+    tokenizer = _tokenizer(experiment.data.tokenizer)
+    model = MixedModel(
+        experiment.model,
+        image_size=experiment.data.image_size,
+        max_words=experiment.data.max_words,
+        vocabulary=tokenizer.vocab_size,
+    )
+    word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    return Learner(model, _stage(experiment, stage_name).objectives, word_ids)
 
 
 def _rows(shard: Shard, stream: config.StreamName) -> Indices:
@@ -190,12 +241,5 @@ def _site(experiment: config.Experiment, name: str) -> config.Site:
     raise ConfigError(f"the experiment knows no site {name!r}; add it to data.sites")
 
 
-def _learner(experiment: config.Experiment, stage: config.Stage) -> Learner:
-    tokenizer = _tokenizer(experiment.data.tokenizer)
-    model = MixedModel(
-        experiment.model,
-        image_size=experiment.data.image_size,
-        max_words=experiment.data.max_words,
-        vocabulary=tokenizer.vocab_size,
-    )
-    return Learner(model, stage.objectives, WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids))))
+def _stage(experiment: config.Experiment, name: str) -> config.Stage:
+    return next(stage for stage in experiment.stages if stage.name == name)

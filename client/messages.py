@@ -5,10 +5,10 @@ Only arrays, numbers and short strings of a fixed set of keys travel; nothing is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -17,6 +17,7 @@ from fedmix.errors import UpdateError
 from fedmix.federation.update import Update, typed
 
 REFUSED = 1001  # Flower reserves codes below 1000 for itself; the reason is safe to show
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # it names a folder at this site, so it is never taken on trust
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,13 @@ def read_order(message: Message) -> Order:
     try:
         plan, record = message.content.config_records["order"], message.content.array_records["parameters"]
         parameters = {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the decoder trips over, it is the order that is wrong
         raise UpdateError(f"the server's order is not one that this version understands ({type(error).__name__})") from None
+    run = typed(plan, "run", str)
+    if not RUN_ID.fullmatch(run):
+        raise UpdateError("the server's order names its run with signs that are not allowed; is its fedmix of this version?")
     return Order(
-        typed(plan, "run", str),
+        run,
         typed(plan, "round", int),
         typed(plan, "fingerprint", str),
         typed(plan, "base", str),
@@ -78,4 +82,4 @@ def refusal(message: Message, reason: str) -> Message:
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(tensor.numpy())) for name, tensor in tensors.items()})
+    return ArrayRecord({name: Array(tensor.contiguous().numpy()) for name, tensor in tensors.items()})

@@ -7,6 +7,7 @@ a resumed run that repeats a round finds the state from before that round, and w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from fedmix.errors import RunError
 
-NUM_KEPT = 2  # the newest, and the one before it in case the server never committed the newest round
+# The server may fall back one checkpoint (server/store.py) while this site has already finished the round after its
+# newest: the state from before the older checkpoint's next round must still be here then.
+NUM_KEPT = 3
 
 
 class OptimiserStore:
@@ -25,9 +28,12 @@ class OptimiserStore:
     def __init__(self, folder: Path, run: str) -> None:
         self._folder = folder / run
 
-    def before(self, round_number: int) -> dict[str, Tensor] | None:
-        """The state after the last round before this one, or None if there is none."""
-        earlier = [path for path in self._files() if _round(path) < round_number]
+    def before(self, round_number: int, *, since: int) -> dict[str, Tensor] | None:
+        """The state after the last round in ``since`` .. ``round_number - 1``; None if the site finished none of them.
+
+        ``since`` is the first round of the stage: moments of another stage belong to another optimiser.
+        """
+        earlier = [path for path in self._files() if since <= _round(path) < round_number]
         if not earlier:
             return None
         try:
@@ -40,21 +46,23 @@ class OptimiserStore:
 
     def save(self, round_number: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after a round, whole or not at all, and drop what no resume can need."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"round-{round_number:05d}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in state.items()}, partial)
-        os.replace(partial, path)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in state.items()}, partial)
+            os.replace(partial, path)
+        except (SafetensorError, OSError) as error:
+            # Safetensors wraps what the system said, with its number; a path must not leave the site.
+            number = re.search(r"os error (\d+)", str(error))
+            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or type(error).__name__
+            raise RunError(
+                f"the optimiser state cannot be kept at this site: {reason}; make room in its state folder"
+            ) from None
         files = self._files()
-        for stale in [path for path in files if _round(path) > round_number] + [
-            path for path in files if _round(path) <= round_number
-        ][:-NUM_KEPT]:
-            stale.unlink()
-
-    def clear(self) -> None:
-        """Forget everything, at the start of a stage that begins with a fresh optimiser."""
-        for path in self._files():
-            path.unlink()
+        later = [path for path in files if _round(path) > round_number]
+        for stale in later + files[: len(files) - len(later)][:-NUM_KEPT]:
+            stale.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("round-*.safetensors"))

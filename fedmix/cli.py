@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
     from fedmix.report.terminal import LiveView
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-prepare_app = typer.Typer(no_args_is_help=True, help="Real files to a prepared, de-identified shard.")
-config_app = typer.Typer(no_args_is_help=True, help="Look at experiment files.")
+prepare_app = typer.Typer(
+    no_args_is_help=True,
+    help="Real files to a prepared, de-identified shard.\n\nExample:  fedmix prepare table data/nih --out shards/nih",
+)
+config_app = typer.Typer(
+    no_args_is_help=True, help="Look at experiment files.\n\nExample:  fedmix config show configs/demo.yaml"
+)
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(config_app, name="config")
 
@@ -61,15 +67,17 @@ class Screen:
         self._live.start(total_rounds, sites)
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics, or say which site was dropped and why."""
+        """Show a row of metrics, or say which site was dropped or which round failed, and why."""
         if row["event"] == "dropped":
             self.say(f"round {row['round']}: {row['site']} dropped, {row['why']}")
+        elif row["event"] == "failed":
+            self.say(f"round {row['round']} failed: {row['why']}")
         else:
             self._live.update(row)
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the live view."""
-        self._live.console.print(Text(sentence, style="dim"))
+        self._live.console.print(Text(sentence, style="dim"), soft_wrap=True)
 
 
 @app.callback()
@@ -95,9 +103,10 @@ def simulate(
     """
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     experiment = config.load(experiment_file, changes)
-    from simulations.engine import warm_up
+    if engine is Engine.inprocess:
+        from simulations import forkserver
 
-    warm_up()  # the workers' imports run beside ours
+        forkserver.start()  # the workers' imports run beside ours
     from fedmix.report.summary import read_report
     from fedmix.report.terminal import LiveView, final_table
     from simulations.run import simulate as run
@@ -158,7 +167,7 @@ def prepare_table(
         replace=replace,
     )
     columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console, transient=True) as progress:
+    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:
         task = progress.add_task("rows", total=None)
         summary = preparing.prepare_table(
             root,
@@ -256,10 +265,11 @@ def evaluate(
     from server import held_out
     from server.model_folder import load_model
 
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be
     loaded, sizes, tokenizer = load_model(model)
     studies = held_out.of_shards([Shard.open(path) for path in data], sizes.image_size, tokenizer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=error_console, transient=True) as progress:
+    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=None)
         result = suite.evaluate(
             loaded,
@@ -337,17 +347,24 @@ def bench(
 def main() -> None:
     """Run the command line; what a user can mend is one sentence and exit code 1, Ctrl-C is 130."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except FedmixError as error:
-        error_console.print(Text(f"fedmix: {error}"), soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder that is a file: the user's to mend, and never a bug's traceback
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        error_console.print("fedmix: stopped; a run goes on with --resume")
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not spoil the exit
+        _fail("stopped; a run goes on with --resume", code=130)
     except Exception as error:
         if type(error).__module__.split(".")[0] == "click":
             error.show()  # type: ignore[attr-defined]  # click's own usage errors know how to print themselves
             sys.exit(getattr(error, "exit_code", 2))
         raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    error_console.print(Text(f"fedmix: {sentence}"), soft_wrap=True)
+    sys.exit(code)

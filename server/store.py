@@ -6,14 +6,18 @@ Whatever a killed run leaves half-written is ignored and removed by the next one
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ NUM_CHECKPOINTS = 2  # the newest and the one before it, should the newest be da
 LIBRARIES = ("fedmix", "flwr", "torch", "timm", "tokenizers", "numpy", "safetensors", "scikit-learn", "pydantic")
 
 Parameters = dict[str, Tensor]
+Row = dict[str, Any]  # one line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,24 @@ class Committed:
 
 
 class RunStore:
-    """One run folder; see design.md for what is in it."""
+    """One run folder; server/README.md says what is in it."""
+
+    _earlier_s: float
+    _manifest: dict[str, Any]
 
     def __init__(self, folder: Path, experiment: config.Experiment, *, resume: bool) -> None:
-        """Begin or take up a run. Raises RunError if the folder cannot be written or holds another or a finished run."""
+        """Begin or take up a run. Raises RunError if the folder cannot be written, is in use, or holds another run."""
         self.folder, self._experiment = folder, experiment
         self._checkpoints, self._metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self._opened = time.time()
         try:
             if resume:
                 self._take_up()
             else:
                 self._begin()
         except OSError as error:
-            raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another with --out") from None
+            reason = error.strerror or type(error).__name__
+            raise RunError(f"cannot write the run folder {folder}: {reason}; choose another with --out") from None
 
     @property
     def run_id(self) -> str:
@@ -68,19 +78,20 @@ class RunStore:
         """What manifest.json says."""
         return dict(self._manifest)
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds this run has taken so far: since it was opened, and up to the checkpoint it was taken up from."""
+        return self._earlier_s + time.time() - self._opened
+
     def latest(self) -> Committed | None:
         """The newest checkpoint that is whole, or None before the first."""
-        for folder in reversed(self._committed()):
-            try:
-                facts = json.loads((folder / "round.json").read_text())
-                parameters = load_file(folder / "model.safetensors")
-                velocity = load_file(folder / "velocity.safetensors")
-            except (OSError, ValueError, SafetensorError):
-                continue
-            if digest(parameters) == facts["model_sha256"]:
-                return Committed(int(facts["round"]), parameters, velocity, dict(facts["totals"]))
-        if self._committed():
-            raise RunError(f"every checkpoint in {self._checkpoints} is damaged; start the run anew without --resume")
+        folders = self._committed()
+        for folder in reversed(folders):
+            committed = _read_checkpoint(folder)
+            if committed is not None:
+                return committed
+        if folders:
+            raise RunError(f"every checkpoint in {self._checkpoints} is damaged; start anew in another folder with --out")
         return None
 
     def commit(self, committed: Committed) -> None:
@@ -90,17 +101,12 @@ class RunStore:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file(committed.parameters, partial / "model.safetensors")
-            save_file(committed.velocity, partial / "velocity.safetensors")
-            facts = {"round": committed.round_number, "totals": committed.totals, "model_sha256": digest(committed.parameters)}
-            (partial / "round.json").write_text(json.dumps(facts))
-            for path in partial.iterdir():
-                _flush(path)
-            shutil.rmtree(final, ignore_errors=True)
+            _write_checkpoint(partial, committed, wall_s=self.wall_s)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, which the run fell back from
             os.rename(partial, final)
             _flush(self._checkpoints)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error)  # safetensors wraps what the system said
             raise RunError(
                 f"cannot write the checkpoint of round {committed.round_number}: {reason}; the round before it is kept, "
                 "make room and go on with --resume"
@@ -108,78 +114,145 @@ class RunStore:
         for stale in self._committed()[:-NUM_CHECKPOINTS]:
             shutil.rmtree(stale, ignore_errors=True)
 
-    def log(
-        self, event: str, *, stage: str, round_number: int, site: str | None, values: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """Append one row to metrics.jsonl and return it."""
-        row = {
-            "time": time.time(),
-            "event": event,
-            "stage": stage,
-            "round": round_number,
-            "site": site,
-            "values": {name: float(value) for name, value in values.items()},
-        }
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows to metrics.jsonl."""
+        try:
+            with self._metrics.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._metrics}: {error.strerror}; make room and go on with --resume, no committed round is lost"
+            ) from None
+
+    def has_row(self, event: str, round_number: int) -> bool:
+        """Whether metrics.jsonl already tells this of a round."""
+        return any(row["event"] == event and row["round"] == round_number for row in self._rows())
 
     def finish(self, state: str, cause: str | None = None) -> None:
-        """Say how the run ended: completed, failed and why, or running and therefore resumable."""
+        """Say how the run ended: completed, failed and the cause, or running and therefore resumable."""
         self._manifest |= {"state": state, "cause": cause, "finished": time.time()}
-        self._write_manifest()
+        with contextlib.suppress(OSError):  # on a full disk the reason that is on its way to the user counts more
+            self._write_manifest()
 
     def _begin(self) -> None:
-        if (self.folder / "manifest.json").exists():
+        if (self.folder / "manifest.json").exists() and not self._failed_before_training():
             raise RunError(
                 f"{self.folder} already holds a run; go on with --resume, choose another folder with --out, or remove it"
             )
-        self._checkpoints.mkdir(parents=True)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self._metrics.unlink(missing_ok=True)
+        self._earlier_s = 0.0
+        _replace(self.folder / "config.yaml", self._experiment.to_yaml())
+        # Last, because a folder with a manifest is a run.
         self._manifest = _manifest(self._experiment)
         self._write_manifest()
-        (self.folder / "config.yaml").write_text(self._experiment.to_yaml())
+
+    def _failed_before_training(self) -> bool:
+        """Whether the run in this folder stopped on an error before its first checkpoint: there is nothing to lose."""
+        try:
+            return bool(json.loads((self.folder / "manifest.json").read_text())["state"] == "failed") and not self._committed()
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def _take_up(self) -> None:
         path = self.folder / "manifest.json"
         if not path.exists():
             raise RunError(f"{self.folder} holds no run to resume; start it without --resume")
+        self._lock()
         try:
-            self._manifest = json.loads(path.read_text())
-        except ValueError:
-            raise RunError(f"{path} is damaged; start the run anew in another folder") from None
-        if self._manifest["fingerprint"] != self._experiment.fingerprint():
+            self._manifest = dict(json.loads(path.read_text()))
+            began_with = self._manifest["fingerprint"], self._manifest["run_id"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is damaged; start the run anew in another folder with --out") from None
+        if began_with[0] != self._experiment.fingerprint():
             raise RunError(
-                "the experiment has changed since this run began (fingerprints differ), so going on would mix two "
-                "experiments; restore the config, or start anew in another folder with --out"
+                f"the experiment has changed since the run in {self.folder} began (fingerprints differ), so going on would "
+                "mix two experiments; restore the config, or start anew in another folder with --out"
             )
         self._checkpoints.mkdir(exist_ok=True)
         for partial in self._checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
-        self._drop_lost_rows()
+        committed = self.latest()
+        self._drop_lost_rows(committed.round_number if committed else 0)
+        self._earlier_s = committed.totals.get("wall_s", 0.0) if committed else 0.0
+        # What the fingerprint leaves out may differ: paths, workers, deadlines, evaluation.
+        _replace(self.folder / "config.yaml", self._experiment.to_yaml())
         self._manifest |= {"state": "running", "cause": None}
         self._write_manifest()
 
-    def _drop_lost_rows(self) -> None:
+    def _lock(self) -> None:
+        """Keep the folder to this process while it lives; the kernel lets go of it however the process ends."""
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RunError(f"the run in {self.folder} is going on in another process; wait for it, or stop it first") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _drop_lost_rows(self, last: int) -> None:
         """Remove the rows of rounds that were never committed; they are about to happen again."""
+        if self._metrics.exists():
+            _replace(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows() if row["round"] <= last))
+
+    def _rows(self) -> list[Row]:
+        """The rows of metrics.jsonl that are whole; a kill may have torn the last one."""
         if not self._metrics.exists():
-            return
-        committed = self.latest()
-        last = committed.round_number if committed else 0
-        kept = []
-        for line in self._metrics.read_text().splitlines():
-            try:
+            return []
+        found = []
+        for line in self._metrics.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
                 row = json.loads(line)
-            except ValueError:
-                continue  # torn by the kill
-            if row["round"] <= last:
-                kept.append(line + "\n")
-        _replace(self._metrics, "".join(kept))
+                if isinstance(row, dict) and isinstance(row.get("round"), int) and "event" in row:
+                    found.append(row)
+        return found
 
     def _committed(self) -> list[Path]:
         return sorted(path for path in self._checkpoints.glob("round-*") if path.is_dir())
 
     def _write_manifest(self) -> None:
         _replace(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+
+
+def row_of(event: str, *, stage: str, round_number: int, site: str | None, values: Mapping[str, float]) -> Row:
+    """A line of metrics.jsonl, as of now."""
+    return {
+        "time": time.time(),
+        "event": event,
+        "stage": stage,
+        "round": round_number,
+        "site": site,
+        "values": {name: float(value) for name, value in values.items()},
+    }
+
+
+def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float) -> None:
+    save_file(committed.parameters, folder / "model.safetensors")
+    save_file(committed.velocity, folder / "velocity.safetensors")
+    facts = {
+        "round": committed.round_number,
+        "totals": committed.totals | {"wall_s": wall_s},
+        "model_sha256": digest(committed.parameters),
+        "velocity_sha256": digest(committed.velocity),
+    }
+    (folder / "round.json").write_text(json.dumps(facts))
+    for path in folder.iterdir():
+        _flush(path)
+
+
+def _read_checkpoint(folder: Path) -> Committed | None:
+    """A checkpoint, or None if any of its files is missing, cut short or changed."""
+    try:
+        facts = json.loads((folder / "round.json").read_text())
+        parameters = load_file(folder / "model.safetensors")
+        velocity = load_file(folder / "velocity.safetensors")
+        if (digest(parameters), digest(velocity)) != (facts["model_sha256"], facts["velocity_sha256"]):
+            return None
+        return Committed(int(facts["round"]), parameters, velocity, dict(facts["totals"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
 
 
 def _manifest(experiment: config.Experiment) -> dict[str, Any]:
@@ -204,6 +277,7 @@ def _manifest(experiment: config.Experiment) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
 def _commit() -> str | None:
     """The commit this code runs from, or None where it is installed without its repository."""
     try:

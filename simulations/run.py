@@ -6,6 +6,7 @@ that was stopped goes on with ``resume`` where it was, and the report is the sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -22,7 +23,7 @@ from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from fedmix.report import html, summary
 from server import held_out as central
-from server.app import build_app
+from server.app import build_app, quick_evaluation
 from server.model_folder import save_model
 from server.store import Parameters, RunStore
 from simulations import baselines, engine
@@ -62,7 +63,6 @@ def simulate(experiment: config.Experiment, out: Path, *, engine_name: EngineNam
     Raises FedmixError for everything a user can mend; the run folder then says ``failed`` and why. Ctrl-C leaves the run
     ``running``, to be taken up with ``resume``.
     """
-    started = time.time()
     store = RunStore(out, experiment, resume=resume)
     try:
         view.say("drawing phantoms and opening shards")
@@ -71,11 +71,11 @@ def simulate(experiment: config.Experiment, out: Path, *, engine_name: EngineNam
         evaluation = _evaluate(experiment, parameters, ready, store.folder, "the model")
         save_model(store.folder / "model", experiment, parameters, ready.tokenizer)
         found = {name: _baseline(experiment, name, out, ready) for name in experiment.baselines}
-        _write_report(experiment, store, evaluation, found, wall_s=time.time() - started)
-    except FedmixError as error:
+        _write_report(experiment, store, evaluation, found)
+        return html.write_report(out)
+    except (FedmixError, OSError) as error:
         store.finish("failed", str(error))
         raise
-    return html.write_report(out)
 
 
 def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View) -> Ready:
@@ -87,7 +87,11 @@ def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View)
 def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Parameters:
     """Run the rounds that are not yet committed and return the final parameters."""
     committed = store.latest()
-    if committed is None or committed.round_number < experiment.num_rounds:
+    if committed is not None and committed.round_number == experiment.num_rounds:
+        # A kill may have come between the last round and its point on the learning curve.
+        add_point = quick_evaluation(experiment, store, ready.view.update, ready.held_out)
+        add_point(committed.round_number, experiment.stages[-1].name, committed.parameters)
+    else:
         ready.view.start(experiment.num_rounds, {site.name: site.stream for site in experiment.data.sites})
         places = [
             Place(site.name, store.folder / "config.yaml", ready.shards[site.name], store.folder / "sites" / site.name)
@@ -95,10 +99,10 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
         ]
         app = build_app(experiment, store, watch=ready.view.update, held_out=ready.held_out)
         threads = experiment.federation.threads_per_site
+        num_workers = experiment.federation.workers or engine.default_workers(len(places), threads)
         if ready.engine == "ray":
-            engine.run_on_ray(app, places, threads_per_site=threads)
+            engine.run_on_ray(app, places, num_workers=num_workers, threads_per_site=threads)
         else:
-            num_workers = experiment.federation.workers or engine.default_workers(len(places), threads)
             engine.run_in_process(app, places, num_workers=num_workers)
         committed = store.latest()
     if committed is None or committed.round_number < experiment.num_rounds:
@@ -108,9 +112,8 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
 
 def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Ready, folder: Path, what: str) -> dict[str, Any]:
     """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it."""
-    path = folder / "evaluation" / "evaluation.json"
-    if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
+    kept = _kept_evaluation(experiment, folder)
+    if kept is not None:
         return kept
     ready.view.say(f"evaluating {what}")
     started = time.time()
@@ -119,10 +122,24 @@ def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Read
     source = _source(experiment)
     if source is not None:
         central.write_examples(folder / "evaluation", evaluation.examples, ready.held_out, ready.tokenizer, source)
-    result = {"report": evaluation.as_report(), "seconds": time.time() - started}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    summary.write_json(path, result)
+    result = {"of": _evaluated(experiment), "report": evaluation.as_report(), "seconds": time.time() - started}
+    summary.write_json(folder / "evaluation" / "evaluation.json", result)
     return result
+
+
+def _kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, Any] | None:
+    """An evaluation that an earlier start of this run finished, if it was of the same model, data and settings."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return kept if kept.get("of") == _evaluated(experiment) else None
+
+
+def _evaluated(experiment: config.Experiment) -> str:
+    """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
+    wanted = [experiment.data.held_out.model_dump(mode="json"), experiment.evaluation.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()
 
 
 def _source(experiment: config.Experiment) -> str | None:
@@ -139,11 +156,10 @@ def _baseline(experiment: config.Experiment, name: str, out: Path, ready: Ready)
     if name == RANDOM_INIT:
         parameters = central.parameters_of(central.initial_model(other, ready.tokenizer))
         return _evaluate(other, parameters, ready, folder, "the untrained model")
-    if name in baselines.SPECIAL:
-        ready.view.say(f"baseline {name}")
-        trained = baselines.SPECIAL[name](other, ready.shards, ready.tokenizer)
-        return _evaluate(other, trained, ready, folder, name)
     ready.view.say(f"baseline {name}")
+    if name in baselines.SPECIAL:
+        kept = _kept_evaluation(other, folder)
+        return kept or _evaluate(other, baselines.SPECIAL[name](other, ready.shards, ready.tokenizer), ready, folder, name)
     store = _store(folder, other)
     parameters = _train(other, store, ready)
     store.finish("completed")
@@ -158,9 +174,7 @@ def _store(folder: Path, experiment: config.Experiment) -> RunStore:
     return RunStore(folder, experiment, resume=False)
 
 
-def _write_report(
-    experiment: config.Experiment, store: RunStore, evaluation: dict[str, Any], found: Mapping[str, Any], *, wall_s: float
-) -> None:
+def _write_report(experiment: config.Experiment, store: RunStore, evaluation: dict[str, Any], found: Mapping[str, Any]) -> None:
     committed = store.latest()
     assert committed is not None
     totals = committed.totals
@@ -196,7 +210,7 @@ def _write_report(
         },
         privacy={"mode": "none"},
         timing={
-            "wall_s": wall_s,
+            "wall_s": store.wall_s,
             "local_train_s": totals["local_train_s"],
             "aggregate_s": totals["aggregate_s"],
             "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),

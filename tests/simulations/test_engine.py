@@ -1,0 +1,237 @@
+"""Worker processes under the Grid: what they may do to a round, and that the engine leaves the weights alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import odd_apps
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from little import ROOT, DirectGrid, World, everyone, fedmix, write_config
+
+from fedmix import config
+from fedmix.errors import RunError
+from fedmix.federation.update import digest
+from server.app import build_app
+from server.store import RunStore
+from simulations import engine, forkserver
+from simulations.engine import InProcessGrid
+
+
+@contextmanager
+def grid_over(world: World, **options: Any) -> Iterator[InProcessGrid]:
+    grid = InProcessGrid(world.places, **({"num_workers": 2} | options))
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+def test_messages_to_workers_are_flowers_own_protobuf() -> None:
+    DirectGrid([], {})
+    arrays = ArrayRecord({"a": Array(np.arange(6, dtype=np.float32).reshape(2, 3)), "b": Array(np.array(3.0))})
+    content = RecordDict({"arrays": arrays, "plan": ConfigRecord({"round": 3}), "sums": MetricRecord({"loss": [1.0, 2.0]})})
+    message = Message(content, 2, "train", ttl=5.0, group_id="3")
+    ours = message_from_proto(ProtoMessage.FromString(engine._to_bytes(message)))
+    flowers = message_from_proto(ProtoMessage.FromString(message_to_proto(message).SerializeToString()))
+    assert dict(ours.content) == dict(flowers.content)
+    assert ours.metadata.__dict__ == flowers.metadata.__dict__
+    empty = Message(RecordDict(), 2, "query")
+    assert message_from_proto(ProtoMessage.FromString(engine._to_bytes(empty))).has_content()
+    error = Message(Error(code=1001, reason="no"), reply_to=message)
+    assert message_from_proto(ProtoMessage.FromString(engine._to_bytes(error))).error == Error(code=1001, reason="no")
+
+
+def test_workers_are_as_many_as_the_cores_carry_and_never_more_than_sites() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert engine.default_workers(1, 1) == 1
+    assert engine.default_workers(1000, 1) == cores
+    assert engine.default_workers(1000, 2 * cores) == 1
+
+
+def test_an_engine_without_flowers_announcements_is_what_its_environment_asks_for() -> None:
+    assert {key: os.environ[key] for key in forkserver.FLOWER_ENVIRONMENT} == forkserver.FLOWER_ENVIRONMENT
+
+
+# ---- real workers
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_weights_do_not_depend_on_the_number_of_workers(num_workers: int, tmp_path: Path) -> None:
+    here = World(tmp_path / "here", everyone(tmp_path, rounds=2)).run()
+    world = World(tmp_path / "there", everyone(tmp_path, rounds=2))
+    with grid_over(world, num_workers=num_workers) as grid:
+        there = world.run(grid)
+    assert digest(there.parameters) == digest(here.parameters)
+
+
+@pytest.mark.e2e
+def test_a_worker_that_dies_drops_its_site_and_the_next_round_has_a_new_one(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, rounds=2))
+    with grid_over(world, make_app=odd_apps.crashing_once) as grid:
+        world.run(grid)
+        assert len(grid._pool._processes) == 2
+    assert world.dropped() == {"south": "the worker process of site south died"}
+    assert world.taken().count((1, "south")) == 0
+    assert (2, "south") in world.taken()
+
+
+@pytest.mark.e2e
+def test_a_site_whose_worker_always_dies_never_ends_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, rounds=2))
+    with grid_over(world, make_app=odd_apps.crashing, num_workers=1) as grid:
+        world.run(grid)
+    assert sorted(world.taken()) == [(1, "north"), (1, "west"), (2, "north"), (2, "west")]
+
+
+@pytest.mark.e2e
+def test_an_exception_in_a_job_travels_by_its_kind_alone(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path))
+    with grid_over(world, make_app=odd_apps.raising) as grid:
+        world.run(grid)
+    assert world.dropped() == {"north": "the job of site north failed with LookupError"}
+
+
+@pytest.mark.e2e
+def test_a_job_past_the_deadline_is_stopped_and_does_not_starve_the_next_round(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, rounds=2, federation={"deadline_s": 6.0}))
+    with grid_over(world, make_app=odd_apps.hanging_once, num_workers=1) as grid:
+        started = time.monotonic()
+        world.run(grid)
+        assert time.monotonic() - started < 60
+    assert world.dropped()["west"] == "no reply before the deadline"
+    assert [site for number, site in sorted(world.taken()) if number == 2] == ["north", "south", "west"]
+    assert not any(number == 1 and site == "west" for number, site in world.taken())
+
+
+@pytest.mark.e2e
+def test_workers_that_cannot_start_end_the_run_and_not_the_machine(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path))
+    with (
+        pytest.raises(RunError, match=r"the worker process of site \w+ died"),
+        grid_over(world, make_app=odd_apps.stillborn) as grid,
+    ):
+        world.run(grid)
+
+
+@pytest.mark.e2e
+def test_a_worker_killed_while_it_is_free_costs_one_reply(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, rounds=2))
+
+    def kill_one(number: int, stage: str, parameters: object) -> None:
+        if number == 1:
+            victim = next(iter(grid._pool._processes.values()))
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+
+    with grid_over(world, num_workers=1) as grid:
+        world.run(grid, on_committed=kill_one)
+    assert len(world.dropped()) == 1
+    assert len(world.taken()) == 5
+
+
+@pytest.mark.e2e
+def test_closing_leaves_no_worker_behind_whatever_it_does(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path))
+    with grid_over(world, make_app=odd_apps.hanging_once) as grid:
+        processes = list(grid._pool._processes.values())
+        grid.push_messages([Message(RecordDict(), 4, "train")])
+        waited_until((world.places[2].state / "asked").exists)
+    assert all(process.exitcode is not None for process in processes)
+
+
+@pytest.mark.e2e
+def test_workers_end_with_the_run_that_is_killed(tmp_path: Path) -> None:
+    """A worker that trained on would write the killed run's moments into the resumed one's state."""
+    program = (
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests/simulations')!r}]\n"
+        "from pathlib import Path\n"
+        "import odd_apps, little\n"
+        "from simulations.engine import InProcessGrid\n"
+        "if __name__ == '__main__':\n"
+        f"    folder = Path({str(tmp_path)!r})\n"
+        "    world = little.World(folder, little.everyone(folder))\n"
+        "    grid = InProcessGrid(world.places, num_workers=2, make_app=odd_apps.hanging_once)\n"
+        "    print(*[process.pid for process in grid._pool._processes.values()], flush=True)\n"
+        "    world.run(grid)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    with subprocess.Popen([sys.executable, str(tmp_path / "program.py")], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 2
+        waited_until(lambda: (tmp_path / "run/sites/west/asked").exists())
+        run.kill()
+        run.wait()
+        waited_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+def waited_until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process computes; one that nobody has waited for yet does not."""
+    try:
+        return not re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+
+
+# ---- Ray
+
+
+@pytest.mark.e2e
+def test_ray_gives_the_same_weights_says_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    here = World(tmp_path / "here", everyone(tmp_path, rounds=1)).run()
+    path = write_config(tmp_path, everyone(tmp_path, rounds=1))
+    run = fedmix("simulate", path, "--engine", "ray", "--out", tmp_path / "ray")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert "Flower" not in run.stdout
+    committed = RunStore(tmp_path / "ray", config.load(path), resume=True).latest()
+    assert committed is not None
+    assert digest(committed.parameters) == digest(here.parameters)
+    waited_until(lambda: not ray_processes(str(tmp_path)))
+
+
+def ray_processes(mark: str) -> list[str]:
+    """Command lines of Ray's processes that were started for this test."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_text().replace("\0", " ")
+            environment = (path.parent / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if re.search(r"raylet|gcs_server|ray::", line) and mark in environment:
+            found.append(line)
+    return found
+
+
+@pytest.mark.e2e
+def test_a_run_over_workers_goes_through_the_same_server_app(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path))
+    app = build_app(world.experiment, world.store, watch=world.seen.append)
+    engine.run_in_process(app, world.places, num_workers=2)
+    here = World(tmp_path / "here", everyone(tmp_path)).run()
+    committed = world.store.latest()
+    assert committed is not None
+    assert digest(committed.parameters) == digest(here.parameters)
