@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fedmix.model.layers import MixedBlock, gelu, sincos_grid
 
+LOWEST = -1e4  # below any token's value after LayerNorm, and finite in every precision
+
 
 class PatchDecoder(nn.Module):
     """Light decoder from visible patch tokens to every patch (MAE, section 3)."""
@@ -64,21 +66,27 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
-        self.image = nn.Linear(width, embedding)
-        self.text = nn.Linear(width, embedding)
+        self.image = nn.Linear(2 * width, embedding)
+        self.text = nn.Linear(2 * width, embedding)
         self.log_temperature = nn.Embedding(1, 1)
         nn.init.constant_(self.log_temperature.weight, torch.tensor(self.START).log().item())
 
     def embed(self, modality: str, tokens_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
-        """Mean of the present tokens after the summary, projected to the unit sphere: [B, E] float32."""
+        """Mean and maximum of the present tokens after the summary, projected to the unit sphere: [B, E] float32.
+
+        The maximum lets one patch with a nodule, or one word, speak for the whole study; a mean alone drowns it.
+        """
         body_BTD = tokens_BTD[:, 1:]
         if present_BT is None:
-            pooled_BD = body_BTD.mean(dim=1)
+            mean_BD, highest_BD = body_BTD.mean(dim=1), body_BTD.amax(dim=1)
         else:
-            weight_BT1 = present_BT[:, 1:, None].to(body_BTD.dtype)
-            pooled_BD = (body_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp_min(1.0)
+            absent_BT1 = ~present_BT[:, 1:, None]
+            num_present_B1 = (~absent_BT1).sum(dim=1).clamp_min(1)
+            mean_BD = body_BTD.masked_fill(absent_BT1, 0.0).sum(dim=1) / num_present_B1
+            # Padding may not win; zero is what a report of the summary alone is left with.
+            highest_BD = body_BTD.masked_fill(absent_BT1, LOWEST).amax(dim=1).masked_fill(absent_BT1.all(dim=1), 0.0)
         projection: nn.Linear = getattr(self, modality)
-        return F.normalize(projection(pooled_BD).float(), dim=-1)
+        return F.normalize(projection(torch.cat([mean_BD, highest_BD], dim=-1)).float(), dim=-1)
 
     def temperature(self) -> Tensor:
         """The learned temperature, kept inside [.01, .5]."""

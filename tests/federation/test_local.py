@@ -301,7 +301,7 @@ def test_seeds_differ_by_every_part_of_their_purpose() -> None:
     reason="this processor has no bfloat16 arithmetic; torch would emulate it, which says nothing about training with it",
 )
 def test_bfloat16_learns_like_float32() -> None:
-    """After 60 steps on eight pairs each loss, read in float32, agrees within 3 % and has fallen clearly."""
+    """After 60 steps on eight pairs each loss, read in float32, has fallen clearly and as far, within 3 % of its fall."""
     losses = {}
     for precision in ("untrained", "float32", "bfloat16"):
         learner = tiny.learner(mvm=1.0, mlm=0.3, contrast=1.0)
@@ -311,7 +311,8 @@ def test_bfloat16_learns_like_float32() -> None:
             terms = [learner.terms(tiny.batch("pppppppp"), tiny.generator(seed)) for seed in range(10)]
         losses[precision] = {name: sum(found[name].mean().item() for found in terms) / 10 for name in terms[0]}
     for name in ("mvm", "mlm", "contrast"):
-        assert losses["bfloat16"][name] == pytest.approx(losses["float32"][name], rel=0.03)
+        fall = losses["untrained"][name] - losses["float32"][name]  # a share of the loss itself would mean nothing near zero
+        assert losses["bfloat16"][name] == pytest.approx(losses["float32"][name], abs=0.03 * fall)
         assert losses["bfloat16"][name] < 0.85 * losses["untrained"][name]
 
 
