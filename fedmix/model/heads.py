@@ -96,13 +96,17 @@ class Projection(nn.Module):
 
 
 class MatchHead(nn.Module):
-    """Logit that the image and the report of a joint sequence belong together (ALBEF's ITM)."""
+    """Logit that the image and the report of a joint sequence belong together (ALBEF's ITM).
+
+    The product of the summaries says directly where they agree, which two summaries side by side would have to learn.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.logit = nn.Sequential(nn.Linear(2 * width, width), gelu(), nn.Linear(width, 1))
+        self.logit = nn.Sequential(nn.Linear(3 * width, width), gelu(), nn.Linear(width, 1))
 
     def forward(self, image_summary_BD: Tensor, text_summary_BD: Tensor) -> Tensor:
         """Logits [B] from both summaries of the joint sequence."""
-        logit_B1: Tensor = self.logit(torch.cat([image_summary_BD, text_summary_BD], dim=-1))
+        agreement_BD = image_summary_BD * text_summary_BD
+        logit_B1: Tensor = self.logit(torch.cat([image_summary_BD, text_summary_BD, agreement_BD], dim=-1))
         return logit_B1.squeeze(-1)

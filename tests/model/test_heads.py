@@ -21,13 +21,13 @@ def test_decoder_tells_hidden_places_apart() -> None:
     assert torch.pdist(values).min() > 1e-4
 
 
-def test_embedding_is_the_normalised_projection_of_the_mean_present_word() -> None:
+def test_embedding_is_the_normalised_projection_of_the_mean_and_highest_present_word() -> None:
     projection = Projection(8, 4)
     tokens, present = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True, True, True, False, False]])
     found = projection.embed("text", tokens, present)
     for row, length in enumerate((5, 3)):
-        pooled = torch.stack([tokens[row, place] for place in range(1, length)]).mean(dim=0)
-        raw = projection.text(pooled)
+        words = torch.stack([tokens[row, place] for place in range(1, length)])
+        raw = projection.text(torch.cat([words.mean(dim=0), words.max(dim=0).values]))
         torch.testing.assert_close(found[row], raw / raw.norm())
 
 
