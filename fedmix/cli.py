@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -36,6 +37,9 @@ config_app = typer.Typer(
 )
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(config_app, name="config")
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+STOPPED = "fedmix: stopped; a run goes on with --resume"
 
 out_console = Console()
 error_console = Console(stderr=True)
@@ -107,9 +111,10 @@ def simulate(
         from simulations import forkserver
 
         forkserver.start()  # the workers' imports run beside ours
-    from fedmix.report.summary import read_report
-    from fedmix.report.terminal import LiveView, final_table
-    from simulations.run import simulate as run
+    with _importing():
+        from fedmix.report.summary import read_report
+        from fedmix.report.terminal import LiveView, final_table
+        from simulations.run import simulate as run
 
     folder = out or Path("runs") / experiment.name
     with LiveView(out_console) as live:
@@ -259,11 +264,12 @@ def evaluate(
 
     Example:  fedmix evaluate runs/demo/model --data shards/nih --out runs/nih
     """
-    from fedmix.data.shard import Shard
-    from fedmix.evaluation import suite
-    from fedmix.report.summary import write_json
-    from server import held_out
-    from server.model_folder import load_model
+    with _importing():
+        from fedmix.data.shard import Shard
+        from fedmix.evaluation import suite
+        from fedmix.report.summary import write_json
+        from server import held_out
+        from server.model_folder import load_model
 
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be
     loaded, sizes, tokenizer = load_model(model)
@@ -344,6 +350,21 @@ def bench(
             sys.stdout.flush()
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: some libraries catch it while they are imported, and break in odd ways later."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: _leave())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave() -> None:
+    error_console.print(STOPPED, soft_wrap=True)
+    os._exit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the command line; what a user can mend is one sentence and exit code 1, Ctrl-C is 130."""
     try:
@@ -352,19 +373,19 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that is a file: the user's to mend, and never a bug's traceback
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not spoil the exit
-        _fail("stopped; a run goes on with --resume", code=130)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         if type(error).__module__.split(".")[0] == "click":
             error.show()  # type: ignore[attr-defined]  # click's own usage errors know how to print themselves
             sys.exit(getattr(error, "exit_code", 2))
         raise
+    if code == INTERRUPTED:  # typer returns it for Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one must not spoil the exit
+        error_console.print(STOPPED, soft_wrap=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(sentence: str, code: int = 1) -> NoReturn:
+def _fail(sentence: str) -> NoReturn:
     error_console.print(Text(f"fedmix: {sentence}"), soft_wrap=True)
-    sys.exit(code)
+    sys.exit(1)
