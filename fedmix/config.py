@@ -192,7 +192,7 @@ class Stage(Section):
 
 
 class StreamMix(Section):
-    """Fixed weights of the streams on the trunk's shared part (fedmix/federation/aggregate.py); renormalised over the streams present."""
+    """Fixed weights of the streams on the shared part of the trunk, renormalised over the streams present."""
 
     image: Fraction = 0.35
     text: Fraction = 0.25
