@@ -214,6 +214,21 @@ def test_a_stage_without_kept_moments_keeps_none(tmp_path: Path) -> None:
     assert not list(world.places[1].state.rglob("*.safetensors"))
 
 
+def test_moments_of_the_stage_before_are_not_taken_into_the_next(tmp_path: Path) -> None:
+    """West trains in both stages, misses the first round of the second, and begins its second round afresh."""
+    wanted = values(tmp_path)
+    wanted["stages"][0]["streams"] = ["paired"]
+    world = World(tmp_path, wanted)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+    west = world.places[2]
+    assert ask(west, order(world, "paired", round_number=1)).has_content()
+    later = ask(west, order(world, "paired", round_number=3)).content.array_records["deltas"]
+    afresh = ask(replace(west, state=tmp_path / "afresh"), order(world, "paired", round_number=3))
+    assert {name: array.data for name, array in later.items()} == {
+        name: array.data for name, array in afresh.content.array_records["deltas"].items()
+    }
+
+
 def test_a_full_disk_at_the_site_is_a_refusal(world: World) -> None:
     place = replace(world.places[0], state=Path("/proc/fedmix"))
     why = refused(place, order(world, "image"))

@@ -400,6 +400,13 @@ def test_a_wrong_clock_at_a_site_does_not_distort_the_time_it_trained(
     assert replace(ours, train_start=start, train_end=end) == reply
 
 
+def test_a_site_whose_clock_is_a_year_off_does_not_change_the_run_s_times(world: World, tmp_path: Path) -> None:
+    run = world.afresh(tmp_path)
+    committed = run.run(run.grid({"west": receipt(train_start=3e7, train_end=9e9)}))
+    assert not run.dropped()
+    assert 0 < committed.totals["local_train_s"] <= committed.totals["rounds_s"] < 60
+
+
 # ---- who is there
 
 

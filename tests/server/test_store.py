@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import values
+from little import ROOT, values
 
 from fedmix import config
 from fedmix.errors import RunError
@@ -220,7 +220,8 @@ def test_the_manifest_says_what_is_needed_to_believe_or_repeat_a_run(tmp_path: P
     assert manifest["cause"] is None
     assert manifest["seed"] == 3
     assert manifest["fingerprint"] == experiment(tmp_path).fingerprint()
-    assert re.fullmatch(r"[0-9a-f]{40}", manifest["commit"])
+    assert manifest["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", manifest["commit"])
+    assert (manifest["commit"] is not None) == (ROOT / ".git").exists()
     assert {"fedmix", "flwr", "torch", "numpy", "python"} <= set(manifest["versions"])
     assert manifest["hardware"]["cores"] >= 1
     assert config.load(tmp_path / "run" / "config.yaml") == experiment(tmp_path)
