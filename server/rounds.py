@@ -162,11 +162,11 @@ class RoundLoop:
                 deadline_s=self._experiment.federation.deadline_s,
             )
             order = Order(site, base, sent, size, time.time())
-            ids = list(self._grid.push_messages([message]))
+            ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
             waiting |= dict.fromkeys(ids, order)
             current.bytes_down[site.name] = size
             if not ids:
-                self._drop(site.name, "its node has left", current)
+                self._drop(site.name, "its order could not be sent", current)
         return waiting
 
     def _content(self, current: Round, parameters: Parameters) -> tuple[RecordDict, int, str, Parameters]:

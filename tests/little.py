@@ -3,11 +3,15 @@ for worker processes. Messages go through Flower's own protobuf on their way, as
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +83,23 @@ def everyone(folder: Path, *, rounds: int = 1, **changes: Any) -> dict[str, Any]
     return values(folder, stages=[stage], **changes)
 
 
+@lru_cache(maxsize=1)
+def drawn() -> Path:
+    """The phantoms of the three sites, drawn once for all tests; each works on a copy that it may damage."""
+    folder = Path(tempfile.mkdtemp(prefix="fedmix-little-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepare_sites(config.build(values(folder)).data, Tokenizer.load())
+    return folder / "phantoms"
+
+
 class World:
     """A run folder, prepared sites and the means to run rounds over them."""
 
     def __init__(self, folder: Path, wanted: Mapping[str, Any] | None = None, *, resume: bool = False) -> None:
         self.experiment = config.build(wanted or values(folder))
         self.tokenizer = Tokenizer.load(self.experiment.data.tokenizer)
+        if not self.experiment.data.cache.exists():
+            shutil.copytree(drawn(), self.experiment.data.cache)
         self.shards = prepare_sites(self.experiment.data, self.tokenizer)
         self.store = RunStore(folder / "run", self.experiment, resume=resume)
         self.seen: list[Mapping[str, Any]] = []

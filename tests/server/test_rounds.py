@@ -407,6 +407,20 @@ def test_a_site_whose_clock_is_a_year_off_does_not_change_the_run_s_times(world:
     assert 0 < committed.totals["local_train_s"] <= committed.totals["rounds_s"] < 60
 
 
+@pytest.mark.parametrize("told", [[None], []])
+def test_a_site_whose_order_cannot_be_sent_is_dropped_for_the_round(told: list[None], world: World, tmp_path: Path) -> None:
+    class Lossy(DirectGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            is_lost = messages[0].metadata.dst_node_id == 2 and messages[0].metadata.message_type == "train"
+            return told if is_lost else super().push_messages(messages)  # type: ignore[return-value]
+
+    run = world.afresh(tmp_path)
+    run.run(Lossy(run.places, {}))
+    assert run.dropped() == {"north": "its order could not be sent"}
+    assert run.taken() == [(1, "south"), (1, "west")]
+
+
 # ---- who is there
 
 

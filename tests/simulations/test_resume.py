@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from little import ROOT, command, fedmix
+from little import ROOT, World, command, fedmix, values
+
+from fedmix import config
+from fedmix.federation.update import digest
+from server.store import RunStore
 
 pytestmark = pytest.mark.e2e
 
@@ -117,6 +122,57 @@ def test_a_run_killed_at_many_points_ends_in_the_same_bytes(tmp_path: Path) -> N
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, broken)]
     assert reports[0]["evaluation"] == reports[1]["evaluation"]
     assert reports[0]["sites"] == reports[1]["sites"]
+
+
+def started(folder: Path, wanted: dict[str, Any]) -> int:
+    """A forked process that begins or takes up a run, sites and all; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            World(folder, wanted, resume=(folder / "run/manifest.json").exists()).run()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> int | None:
+    """Exit code of a process, or None while it runs."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def test_two_hundred_kills_at_any_moment_cost_no_bit_and_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in training, between writes, within them: the process is this one's fork, so a start takes no time."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    wanted = values(tmp_path)
+    for stage in wanted["stages"]:
+        stage["rounds"] = 6
+    whole = World(tmp_path / "whole", wanted)
+    goal = digest(whole.run().parameters)
+    rows_of_the_whole = ordered(told(whole.store.folder))
+    chance, num_kills, num_runs = random.Random(7), 0, 0
+    while num_kills < 200:
+        num_runs += 1
+        folder = tmp_path / f"run-{num_runs}"
+        while True:
+            pid = started(folder, wanted)
+            time.sleep(chance.uniform(0.0, 0.25))
+            if (code := ended(pid)) is not None:
+                assert code == 0
+                break
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            num_kills += 1
+        store = RunStore(folder / "run", config.build(wanted), resume=True)
+        committed = store.latest()
+        assert committed is not None
+        assert committed.round_number == 12
+        assert digest(committed.parameters) == goal
+        assert ordered(told(folder / "run")) == rows_of_the_whole
+        shutil.rmtree(folder)
+    assert num_runs > 1
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit"])
