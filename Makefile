@@ -28,7 +28,7 @@ lint: $(STAMP)  ## style, types and import rules
 bench: $(STAMP)  ## speed as ratios
 	$(BIN)/fedmix bench
 
-compare: $(STAMP)  ## the baselines beside the main method (about an hour)
+compare: $(STAMP)  ## more baselines beside the main method (long)
 	$(BIN)/fedmix simulate configs/compare.yaml
 
 shards/open/%: $(STAMP)

@@ -77,7 +77,7 @@ class MixedModel(nn.Module):
         side = image_size // sizes.patch_size
         self.image_size, self.patch_size, self.num_patches = image_size, sizes.patch_size, side * side
         self.vision_target = sizes.vision_target
-        # On: the text experts skip padding, a sixth of a paired step. Off where gradients are taken study by study (Opacus),
+        # On: the text experts skip padding, 40 % of a batch of pairs. Off where gradients are taken study by study (Opacus),
         # because skipping flattens studies into one long list of words.
         self.skips_padding = False
         names = MODALITIES if sizes.modality_experts else ("shared",)
