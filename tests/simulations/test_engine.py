@@ -156,6 +156,7 @@ def test_closing_leaves_no_worker_behind_whatever_it_does(tmp_path: Path) -> Non
 @pytest.mark.e2e
 def test_workers_end_with_the_run_that_is_killed(tmp_path: Path) -> None:
     """A worker that trained on would write the killed run's moments into the resumed one's state."""
+    World(tmp_path / "first", everyone(tmp_path))  # what is killed below is not to draw phantoms
     program = (
         "import sys, time\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests/simulations')!r}]\n"
