@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -87,9 +88,15 @@ def everyone(folder: Path, *, rounds: int = 1, **changes: Any) -> dict[str, Any]
 def drawn() -> Path:
     """The phantoms of the three sites, drawn once for all tests; each works on a copy that it may damage."""
     folder = Path(tempfile.mkdtemp(prefix="fedmix-little-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_forget, folder, os.getpid())
     prepare_sites(config.build(values(folder)).data, Tokenizer.load())
     return folder / "phantoms"
+
+
+def _forget(folder: Path, owner: int) -> None:
+    """Remove the drawn phantoms, but not from a forked child that ends before its parent."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class World:
