@@ -333,6 +333,11 @@ DECIDES = {
     "stages.1.optimiser.warmup": 0.5,
     "stages.1.optimiser.final_lr": 0.5,
     "stages.1.optimiser.keep_state": "false",
+    "stages.1.optimiser.second_moment": "aggregated",
+    "stages.1.optimiser.proximal": 0.01,
+    "stages.1.outer.kind": "adam",
+    "stages.1.outer.beta2": 0.9,
+    "stages.1.outer.epsilon": 1e-8,
     "stages.1.outer.lr": 0.5,
     "stages.1.outer.momentum": 0.5,
     "stages.1.outer.nesterov": "false",
@@ -341,6 +346,17 @@ DECIDES = {
     "aggregation.shared_mix.text": 0.5,
     "aggregation.shared_mix.paired": 0.5,
     "aggregation.count_exponent": 0.5,
+    "aggregation.combine": "median",
+    "aggregation.trim": 0.3,
+    "aggregation.clip": 2.0,
+    "aggregation.normalise_steps": False,
+    "wire.coding": "int8",
+    "wire.keep": 0.5,
+    "wire.error_feedback": False,
+    "screening.norm_bound": 5.0,
+    "screening.window": 10,
+    "screening.max_strikes": 2,
+    "federation.participation": 0.5,
     "federation.threads_per_site": 2,
     "federation.precision": "bfloat16",
 }
@@ -353,6 +369,8 @@ DECIDES_NOT = {
     "federation.workers": 2,
     "federation.deadline_s": 5.0,
     "federation.min_sites": 2,
+    "federation.min_sites_of_stream": "{paired: 1}",
+    "study": "{seeds: [1, 2]}",
     "federation.max_failed_rounds": 1,
     "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5}",
     "baselines": "{random_init: {}}",
@@ -399,7 +417,7 @@ def test_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
     assert config.build(turned).fingerprint() == parse().fingerprint()
 
 
-@pytest.mark.parametrize("path", sorted(Path(config.__file__).parents[1].glob("configs/**/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(Path(config.__file__).parents[2].glob("configs/**/*.yaml")), ids=lambda path: path.name)
 def test_shipped_experiments_are_read(path: Path) -> None:
     if "stages" not in yaml.safe_load(path.read_text()):
         pytest.skip("not an experiment: an example of another file")

@@ -1,26 +1,21 @@
-"""One experiment as typed, checked values: YAML in, an error that names key, value and what is allowed, a fingerprint out.
+"""Which keys an experiment has, what each may hold, and what decides its weights (the fingerprint).
 
-The models below are the single place that says which keys exist; ``json_schema()`` is made from them, so that editors
-complete and check the YAML. Deep code never takes an Experiment: it is read at the edge and passed down in pieces.
+The JSON Schema is made from these models, so that editors complete and check the YAML.
 Defaults are sizes and schedules that learnt something in minutes on two cores, unless a comment says otherwise.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from fedmix.errors import ConfigError
-
-MAX_CONFIG_BYTES = 1 << 20  # a config is pages, not megabytes: refuse before parsing
-MAX_CONFIG_VALUES, MAX_CONFIG_DEPTH = 100_000, 50  # aliases unfolded: a page of them can stand for gigabytes
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -167,14 +162,28 @@ class Optimiser(Section):
     warmup: Fraction = Field(default=0.05, description="share of the stage's steps")
     final_lr: Fraction = Field(default=0.05, description="share of the peak left at the end of the cosine")
     keep_state: bool = Field(default=True, description="moments survive from round to round within a stage")
+    second_moment: Literal["own", "aggregated"] = Field(
+        default="own",
+        description="AdamW's v at the start of a round: as this site left it, or the sites' mean, one number a parameter "
+        "(FedAdamW, 2510.27486)",
+    )
+    proximal: float = Field(
+        default=0.0, ge=0.0, description="mu of FedProx (1812.06127): pull towards the round's start; 0 is none"
+    )
 
 
 class Outer(Section):
-    """The server's optimiser: theta <- theta - lr (D + momentum v) (DiLoCo, 2311.08105); 1 and 0 are plain averaging."""
+    """The server's optimiser of a stage; sgd with lr 1 and momentum 0 is plain averaging.
 
+    sgd: theta <- theta - lr (D + momentum v) with Nesterov (DiLoCo, 2311.08105). adam: FedAdam (2003.00295, algorithm 2).
+    """
+
+    kind: Literal["sgd", "adam"] = "sgd"
     lr: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="of sgd; beta 1 of adam")
     nesterov: bool = True
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.99, description="of adam's second moment")
+    epsilon: Positive = Field(default=1e-3, description="tau of adam; small changes are not blown up beyond lr D / tau")
 
 
 class Stage(Section):
@@ -202,9 +211,55 @@ class StreamMix(Section):
 class Aggregation(Section):
     """How the server adds the sites' updates up (fedmix/federation/aggregate.py)."""
 
-    rule: Literal["modality_aware", "fedavg_all", "paired_only"] = "modality_aware"
+    rule: Literal["modality_aware", "fedavg_all", "paired_only", "modality_exact", "fedcola"] = Field(
+        default="modality_aware", description="whose update weighs how much in a parameter group"
+    )
     shared_mix: StreamMix = StreamMix()
     count_exponent: Fraction = Field(default=1.0, description="a in n^a: 1 weighs by examples, 0 counts sites alike")
+    combine: Literal["mean", "median", "trimmed_mean"] = Field(
+        default="mean", description="weighted mean, or a coordinate-wise rule that a wrong site sways less"
+    )
+    trim: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        default=0.2, description="share of the sites that trimmed_mean leaves out at either end; it needs five sites"
+    )
+    clip: Positive | None = Field(
+        default=3.0, description="longest update of a group, in medians of the round's; needs three sites, null never clips"
+    )
+    normalise_steps: bool = Field(
+        default=True, description="divide by the steps taken where sites' steps differ by over a fifth (FedNova, 2007.07481)"
+    )
+
+
+class StreamCounts(Section):
+    """A number of sites for each stream."""
+
+    image: int = Field(default=0, ge=0)
+    text: int = Field(default=0, ge=0)
+    paired: int = Field(default=0, ge=0)
+
+
+class Wire(Section):
+    """How updates travel from a site to the server (fedmix/federation/compression.py)."""
+
+    coding: Literal["float32", "float16", "int8", "int4"] = Field(
+        default="float32", description="int8 and int4 have one scale a row and round stochastically"
+    )
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="share of each row that is sent, its largest entries (top-k); 1 sends all"
+    )
+    error_feedback: bool = Field(
+        default=True, description="what coding lost is added to the site's next update (1901.09847); it stays at the site"
+    )
+
+
+class Screening(Section):
+    """What the server refuses (fedmix/federation/screening.py)."""
+
+    norm_bound: Positive = Field(
+        default=10.0, description="longest update of a group, in running medians of those taken before"
+    )
+    window: Count = Field(default=20, description="norms that a running median remembers")
+    max_strikes: Count = Field(default=3, description="refused updates after which a site is not asked again in this run")
 
 
 class Federation(Section):
@@ -215,7 +270,13 @@ class Federation(Section):
     )
     workers: int = Field(default=0, ge=0, description="worker processes of the in-process engine; 0 is one per core")
     deadline_s: Positive = Field(default=3600.0, description="a site that has not replied by then is dropped for the round")
+    participation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="share of each stream's sites asked in a round, at least one; drawn by the seed"
+    )
     min_sites: Count = Field(default=1, description="replies without which a round is a failure")
+    min_sites_of_stream: StreamCounts = Field(
+        default=StreamCounts(), description="the same for a stream that takes part in the stage"
+    )
     max_failed_rounds: Count = Field(default=3, description="failed rounds in a row after which the run stops")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="autocast of the trunk; losses stay float32"
@@ -232,6 +293,17 @@ class Evaluation(Section):
     regeneration_images: Count = 500
 
 
+class Study(Section):
+    """The same experiment repeated, so that differences come with intervals: every regime with every seed."""
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        description="a seed moves initial weights, batches and the draws of the sites' phantoms; the held-out set stays"
+    )
+    regimes: Annotated[dict[Name, dict[str, JsonValue]], Field(min_length=1)] = Field(
+        default={"main": {}}, description="name -> overrides of this experiment, such as fewer pairs a site"
+    )
+
+
 class Experiment(Section):
     """Everything that decides a run's weights and report."""
 
@@ -241,11 +313,14 @@ class Experiment(Section):
     model: Model = Model()
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     aggregation: Aggregation = Aggregation()
+    wire: Wire = Wire()
+    screening: Screening = Screening()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
         default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
     )
+    study: Study | None = Field(default=None, description="repeats over seeds and regimes; null is one run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -285,12 +360,12 @@ class Experiment(Section):
         Where a file lies and how many processes compute on it changes nothing, so shard paths, the cache and the number
         of workers are left out: a hospital's path differs from the server's.
         """
-        values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True})
+        values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
         values["data"].pop("cache")
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:
             site.pop("shard")
-        for key in ("workers", "deadline_s", "max_failed_rounds", "min_sites"):
+        for key in ("workers", "deadline_s", "max_failed_rounds", "min_sites", "min_sites_of_stream"):
             values["federation"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -320,153 +395,3 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
         raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")
     if aggregation.rule == "modality_aware" and not any(getattr(aggregation.shared_mix, stream) for stream in streams):
         raise ValueError(f"stage {stage.name!r}: aggregation.shared_mix is 0 for all of its streams {sorted(streams)}")
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment from YAML and apply ``key.path=value`` overrides.
-
-    Raises ConfigError that names the key, the value and what is allowed.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"no config at {path}; configs/ holds examples, configs/demo.yaml is a start") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} holds {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
-    return parse(raw.decode("utf-8", errors="replace"), overrides, source=str(path))
-
-
-def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Experiment:
-    """The experiment that a YAML text describes; ``source`` is what errors call it."""
-    values = _read_yaml(text, source)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source} must hold keys and values at its top, such as name: demo")
-    for override in overrides:
-        _apply_override(values, override)
-    return build(values, source=source)
-
-
-def build(values: Mapping[str, Any], *, source: str = "config") -> Experiment:
-    """The experiment of already parsed values."""
-    try:
-        experiment = Experiment.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(error))) from None
-    for name in experiment.baselines:
-        variant(experiment, name)  # a misspelt key in a baseline is found before hours of training
-    return experiment
-
-
-def variant(experiment: Experiment, name: str) -> Experiment:
-    """The experiment of a baseline: this one with the baseline's overrides merged in.
-
-    Mappings merge key by key, everything else (lists of stages too) is replaced.
-    """
-    values = experiment.model_dump(mode="json")
-    overrides = values.pop("baselines")[name]
-    merged = _merge(values, overrides)
-    merged["name"] = name
-    return build(merged, source=f"baselines.{name}")
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of an experiment file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Experiment.model_json_schema()
-
-
-def _read_yaml(text: str, source: str) -> Any:
-    """Plain values from YAML. Beside YAMLError, its constructors let through what Python says of 2001-99-99 or !!int x."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source} is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{source} holds a value that YAML cannot read: {_short(str(error))}") from None
-    except RecursionError:
-        raise ConfigError(f"{source} is nested too deeply; a config has at most {MAX_CONFIG_DEPTH} levels") from None
-    _check_extent(values, source)
-    return _unshared(values)
-
-
-def _check_extent(values: Any, source: str) -> None:
-    """Refuse what aliases make endless or huge, before anything copies it."""
-    waiting, num_values = [(values, 0)], 1
-    while waiting:
-        node, depth = waiting.pop()
-        inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-        num_values += len(inner)
-        if depth > MAX_CONFIG_DEPTH or num_values > MAX_CONFIG_VALUES:
-            raise ConfigError(f"{source}: at most {MAX_CONFIG_VALUES} values in {MAX_CONFIG_DEPTH} levels, aliases unfolded")
-        waiting.extend((value, depth + 1) for value in inner)
-
-
-def _unshared(values: Any) -> Any:
-    """The same values with every alias written out, so that an override of one place does not change another."""
-    if isinstance(values, dict):
-        return {key: _unshared(value) for key, value in values.items()}
-    return [_unshared(value) for value in values] if isinstance(values, list) else values
-
-
-def _merge(values: Any, overrides: Any) -> Any:
-    if isinstance(values, dict) and isinstance(overrides, Mapping):
-        return values | {key: _merge(values.get(key), value) for key, value in overrides.items()}
-    return overrides
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b.0.c=value`` in place; the value is read as YAML, a number in the path indexes a list."""
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"--set {override!r}: write it as key=value, such as --set model.width=128")
-    *parents, last = path.split(".")
-    node: Any = values
-    for key in parents:
-        node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {path}: {key!r} holds a value, it has no keys inside")
-    value = _read_yaml(text, f"--set {path}: {_short(text)}")
-    node[_index(node, last, path) if isinstance(node, list) else last] = value
-
-
-def _index(items: list[Any], key: str, path: str) -> int:
-    for position, item in enumerate(items):
-        if isinstance(item, dict) and item.get("name") == key:
-            return position
-    if key.isdecimal() and len(key) < 6 and int(key) < len(items):
-        return int(key)
-    raise ConfigError(f"--set {path}: {key!r} is neither a name nor a position in a list of {len(items)}")
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """One sentence for each thing that is wrong: key, value, what is allowed."""
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            yield _unknown_key(key, str(problem["loc"][-1]))
-        elif problem["type"] == "missing":
-            yield f"{key} is missing; it must be given"
-        elif problem["type"] == "value_error":
-            text = str(problem["ctx"]["error"])
-            yield f"{key}: {text}" if key else text
-        else:
-            yield f"{key} = {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _unknown_key(key: str, name: str) -> str:
-    near = difflib.get_close_matches(name, sorted(_known_keys()), n=1, cutoff=0.5)
-    suggestion = f"did you mean {near[0]!r}?" if near else "`fedmix config schema` lists the known keys"
-    return f"unknown key {key!r}; {suggestion}"
-
-
-def _known_keys() -> set[str]:
-    schema = Experiment.model_json_schema()
-    return set(schema["properties"]).union(*(part.get("properties", {}) for part in schema["$defs"].values()))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
