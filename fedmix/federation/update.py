@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -29,9 +29,45 @@ REACHED_BY: dict[Tower, tuple[Stream, ...]] = {
 }
 
 
+class Contribution(Protocol):
+    """What a site gives to a round, as aggregation reads it: slice by slice, wherever the change itself lies.
+
+    ``examples``: studies that count for the weight, by stream. ``steps``: optimiser steps taken. ``second_moments``: mean of
+    AdamW's second moment by parameter, empty unless the stage aggregates it.
+    """
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        ...
+
+    @property
+    def examples(self) -> Mapping[Stream, int]:
+        """Studies by stream."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        ...
+
+    @property
+    def second_moments(self) -> Mapping[str, float]:
+        """Mean of AdamW's second moment by parameter."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Parameters whose change was sent."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` .. ``stop - 1`` of a parameter's change, float32 [stop - start, columns] (``rows_of``)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Update:
-    """What one site learned in one round.
+    """What one site learned in one round, in memory.
 
     ``deltas``: parameter name -> float32 change, only of groups that the site trained. ``examples``: studies processed in
     this round by stream. ``steps``: optimiser steps taken. ``metrics``: name -> (sum, weight), to be added, never averaged.
@@ -42,6 +78,23 @@ class Update:
     examples: Mapping[Stream, int]
     steps: int
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    second_moments: Mapping[str, float] = field(default_factory=dict)
+
+    def names(self) -> Collection[str]:
+        """Parameters that this site trained."""
+        return self.deltas.keys()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a parameter's change, float32 [stop - start, columns]."""
+        delta = self.deltas[name]
+        return delta.reshape(rows_of(delta.shape))[start:stop]
+
+
+def rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    """A parameter as lines: rows and columns. A vector or a number is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 def group_of(parameter: str) -> str:
