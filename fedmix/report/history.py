@@ -104,11 +104,12 @@ class History:
         return {site: "+".join(names) for site, names in seen.items()}
 
     def central_curves(self) -> dict[str, list[Point]]:
-        """Every metric of the central evaluation that was measured more than once."""
+        """Every metric of the central evaluation that was measured more than once; how long it took is no metric of the model."""
         curves: dict[str, list[Point]] = defaultdict(list)
         for entry in self.of("evaluation"):
             for name, value in entry.values.items():
-                curves[name].append(Point(entry.round, value))
+                if not name.startswith("time/"):
+                    curves[name].append(Point(entry.round, value))
         return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
 
     def total(self, event: str, name: str) -> float:

@@ -52,6 +52,13 @@ def test_stream_curve_is_the_mean_over_all_its_examples() -> None:
     assert curves == {"image": [Point(1, (2.0 * 100 + 5.0 * 300) / 400)], "paired": [Point(1, 9.0)]}
 
 
+def test_central_curves_leave_out_how_long_an_evaluation_took() -> None:
+    entries = [
+        Entry("evaluation", "s", number, None, {"retrieval/r@10": number / 10, "time/evaluate_s": 3.0}) for number in (1, 2)
+    ]
+    assert History(tuple(entries)).central_curves() == {"retrieval/r@10": [Point(1, 0.1), Point(2, 0.2)]}
+
+
 def test_streams_are_read_from_what_sites_trained_on(tmp_path: Path) -> None:
     assert read_history(written(tmp_path / "metrics.jsonl", metrics_rows())).streams() == SITES
 
