@@ -104,7 +104,7 @@ class History:
         return {site: "+".join(names) for site, names in seen.items()}
 
     def central_curves(self) -> dict[str, list[Point]]:
-        """Every metric of the central evaluation that was measured more than once; how long it took is no metric of the model."""
+        """Every metric of the central evaluation that was measured more than once; its own time is no metric of a model."""
         curves: dict[str, list[Point]] = defaultdict(list)
         for entry in self.of("evaluation"):
             for name, value in entry.values.items():
