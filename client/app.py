@@ -19,15 +19,14 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client import messages
-from client.state import OptimiserStore
+from client import messages, parameters
+from client.state import Memory, SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError, FedmixError
-from fedmix.federation import local
-from fedmix.federation.update import REACHED_BY, digest, group_of, tower_of
+from fedmix.federation import compression, local
 from fedmix.model.encoder import MixedModel
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
@@ -66,6 +65,8 @@ def _answer(
     try:
         place = locate(context)
         return job(message, place)
+    except parameters.NeedsAllError as error:
+        return messages.refusal(message, str(error), messages.NEEDS_ALL)
     except FedmixError as error:
         return messages.refusal(message, str(error))
     except Exception as error:  # it must reach the server as a reply, or the round would wait for it
@@ -116,52 +117,40 @@ def _greet(message: Message, place: Place) -> Message:
 def _train(message: Message, place: Place) -> Message:
     order = messages.read_order(message)
     experiment = _experiment(place.experiment)
-    fingerprint = experiment.fingerprint()
-    if order.fingerprint != fingerprint:
-        raise ConfigError("the server runs another experiment than the one given to this site (fingerprints differ)")
     site = _site(experiment, place.site)
-    stage, round_in_stage = experiment.stage_of(order.round_number)
-    if site not in config.sites_of(stage, experiment.data.sites):
-        raise ConfigError(f"the server asks for stage {stage.name}, in which this site takes no part")
+    stage, stage_began = _stage_of(order, experiment, site)
     torch.set_num_threads(experiment.federation.threads_per_site)
     learner = _learner(place.experiment, stage.name)
-    _load(learner.model, order, site.stream)
     sampler = _sampler(place.shard, place.experiment, site.name, stage.name)
-    store = OptimiserStore(place.state, order.run)
-    keeps_state = stage.optimiser.keep_state
+    state = SiteState(place.state, order.run)
+    parameters.load(learner.model, order, site.stream, state)
+    memory = state.before(order.round_number, stage_began=stage_began)
     started = time.time()
-    update, optimiser_state = local.train(
+    update, moments = local.train(
         learner,
         sampler,
-        local.Assignment(site.name, stage, round_in_stage * stage.local_steps, experiment.seed),
-        optimiser_state=store.before(order.round_number, since=order.round_number - round_in_stage) if keeps_state else None,
+        local.Assignment(site.name, stage, (order.round_number - stage_began) * stage.local_steps, experiment.seed),
+        optimiser_state=memory.moments if stage.optimiser.keep_state else None,
+        second_moments=order.second_moments,
         precision=experiment.federation.precision,
     )
     trained_s = (started, time.time())
-    if keeps_state:
-        store.save(order.round_number, optimiser_state)  # before the reply: a committed round must find it
-    return messages.reply(message, order, update, fingerprint=fingerprint, trained_s=trained_s)
+    # The seed holds the round and nothing that a repeat of it would change.
+    chance = torch.Generator().manual_seed(local.seed_of(experiment.seed, site.name, order.round_number, "wire"))
+    coded, residual = compression.encode(update.deltas, memory.residual, experiment.wire, chance)
+    # Before the reply: a committed round must find it.
+    state.save(order.round_number, Memory(moments if stage.optimiser.keep_state else {}, residual))
+    return messages.reply(message, order, update, coded, trained_s=trained_s)
 
 
-def _load(model: MixedModel, order: messages.Order, stream: config.StreamName) -> None:
-    """Copy the server's parameters in: all that this site's stream reaches, and no other."""
-    if digest(order.parameters) != order.base:
-        raise DataError("the server's parameters were damaged on the way (hash differs); the next round sends them again")
-    own = {name: value for name, value in model.named_parameters() if stream in REACHED_BY[tower_of(group_of(name))]}
-    if order.parameters.keys() != own.keys():
-        raise ConfigError(
-            f"the server sent {len(order.parameters)} parameters, this site trains {len(own)}, and their names differ; "
-            "are both of one version?"
-        )
-    with torch.no_grad():
-        for name, value in order.parameters.items():
-            if own[name].shape != value.shape or own[name].dtype != value.dtype:
-                raise ConfigError(
-                    f"the server's {name} is {tuple(value.shape)} {value.dtype}, this experiment's is "
-                    f"{tuple(own[name].shape)} {own[name].dtype}"
-                )
-            own[name].copy_(value)
-    model.zero_grad(set_to_none=True)  # a job that failed midway may have left gradients
+def _stage_of(order: messages.Order, experiment: config.Experiment, site: config.Site) -> tuple[config.Stage, int]:
+    """The stage that an order belongs to and the stage's first round, if this site agreed to take part in it."""
+    if order.fingerprint != experiment.fingerprint():
+        raise ConfigError("the server runs another experiment than the one given to this site (fingerprints differ)")
+    stage, round_in_stage = experiment.stage_of(order.round_number)
+    if site not in config.sites_of(stage, experiment.data.sites):
+        raise ConfigError(f"the server asks for stage {stage.name}, in which this site takes no part")
+    return stage, order.round_number - round_in_stage
 
 
 def _check(shard: Shard, site: config.Site, experiment: config.Experiment) -> None:

@@ -5,6 +5,7 @@ Only arrays, numbers and short strings of a fixed set of keys travel; nothing is
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,28 +15,40 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from torch import Tensor
 
 from fedmix.errors import UpdateError
+from fedmix.federation.compression import Parts
 from fedmix.federation.update import Update, typed
 
-REFUSED = 1001  # Flower reserves codes below 1000 for itself; the reason is safe to show
+# Flower reserves codes below 1000 for itself; the reasons that go with these are safe to show.
+REFUSED = 1001
+NEEDS_ALL = 1004  # the order left out parameters that this site does not hold
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # it names a folder at this site, so it is never taken on trust
 
 
 @dataclass(frozen=True)
 class Order:
-    """One round's order from the server: where the run stands, and the parameters that this site can train."""
+    """One round's order from the server: where the run stands, and what this site is to train.
+
+    ``base``: hash of all parameters that this site trains; ``groups``: hash of each of their groups; ``parameters``: those
+    of the groups that the server does not know this site to hold. ``nonce``: a number used once, which the reply repeats.
+    """
 
     run: str
     round_number: int
     fingerprint: str
     base: str
+    nonce: str
+    groups: dict[str, str]
     parameters: dict[str, Tensor]
+    second_moments: dict[str, float]
 
 
 def read_order(message: Message) -> Order:
     """The order a train message carries; raises UpdateError if it is not one."""
     try:
-        plan, record = message.content.config_records["order"], message.content.array_records["parameters"]
-        parameters = {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+        content = message.content
+        plan, groups = content.config_records["order"], content.config_records["groups"]
+        parameters = {name: torch.from_numpy(array.numpy()) for name, array in content.array_records["parameters"].items()}
+        moments: Mapping[str, object] = content.metric_records.get("second_moments", MetricRecord())
     except Exception as error:  # whatever the decoder trips over, it is the order that is wrong
         raise UpdateError(f"the server's order is not one that this version understands ({type(error).__name__})") from None
     run = typed(plan, "run", str)
@@ -46,7 +59,10 @@ def read_order(message: Message) -> Order:
         typed(plan, "round", int),
         typed(plan, "fingerprint", str),
         typed(plan, "base", str),
+        typed(plan, "nonce", str),
+        {group: typed(groups, group, str) for group in groups},
         parameters,
+        _second_moments(moments),
     )
 
 
@@ -56,30 +72,44 @@ def greeting(message: Message, *, site: str, stream: str, fingerprint: str, stud
     return Message(RecordDict({"greeting": content}), reply_to=message)
 
 
-def reply(message: Message, order: Order, update: Update, *, fingerprint: str, trained_s: tuple[float, float]) -> Message:
-    """A site's update as the answer to its order; ``trained_s`` is when training began and ended (seconds since 1970)."""
+def reply(
+    message: Message, order: Order, update: Update, coded: Mapping[str, Parts], *, trained_s: tuple[float, float]
+) -> Message:
+    """A site's update as the answer to its order, its changes in their coded form.
+
+    ``trained_s`` is when training began and ended (seconds since 1970).
+    """
     receipt = ConfigRecord(
         {
             "run": order.run,
             "round": order.round_number,
             "base": order.base,
-            "fingerprint": fingerprint,
+            "fingerprint": order.fingerprint,
             "site": update.site,
+            "nonce": order.nonce,
             "steps": update.steps,
             "train_start": trained_s[0],
             "train_end": trained_s[1],
         }
     )
-    examples = MetricRecord({stream: int(count) for stream, count in update.examples.items()})
-    metrics = MetricRecord({name: [total, weight] for name, (total, weight) in update.metrics.items()})
-    content = RecordDict({"receipt": receipt, "examples": examples, "metrics": metrics, "deltas": _arrays(update.deltas)})
-    return Message(content, reply_to=message)
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        "receipt": receipt,
+        "examples": MetricRecord({stream: int(count) for stream, count in update.examples.items()}),
+        "metrics": MetricRecord({name: [total, weight] for name, (total, weight) in update.metrics.items()}),
+        "second_moments": MetricRecord({name: float(mean) for name, mean in update.second_moments.items()}),
+        "deltas": ArrayRecord({name + part: Array(array) for name, parts in coded.items() for part, array in parts.items()}),
+    }
+    return Message(RecordDict(records), reply_to=message)
 
 
-def refusal(message: Message, reason: str) -> Message:
+def refusal(message: Message, reason: str, code: int = REFUSED) -> Message:
     """An error that the server may show: what is wrong at this site, without ids, text or file names."""
-    return Message(Error(code=REFUSED, reason=reason), reply_to=message)
+    return Message(Error(code=code, reason=reason), reply_to=message)
 
 
-def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.contiguous().numpy()) for name, tensor in tensors.items()})
+def _second_moments(record: Mapping[str, object]) -> dict[str, float]:
+    """Mean second moments by parameter, from which AdamW may start a round: finite, and as squares never below zero."""
+    means = {name: typed(record, name, float) for name in record}
+    if not all(math.isfinite(mean) and mean >= 0.0 for mean in means.values()):
+        raise UpdateError("the server's order holds second moments that are no means of squares; is its state damaged?")
+    return means

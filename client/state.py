@@ -1,14 +1,17 @@
-"""What a site keeps between rounds: the moments of its optimiser, on the site's own disk.
+"""What a site keeps on its own disk in a run: its optimiser's moments, what coding its updates lost, and the parameters it
+received last.
 
-A deployed node starts a new process for every message, so memory is no place for it. Files are keyed by run and round:
-a resumed run that repeats a round finds the state from before that round, and what came of the lost round is dropped.
+A deployed node starts a new process for every message, so memory is no place for it. The first two are one file a round: a
+resumed run that repeats a round finds what was there before that round, and what came of the lost round is dropped.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,49 +23,80 @@ from fedmix.errors import RunError
 # The server may fall back one checkpoint (server/store.py) while this site has already finished the round after its
 # newest: the state from before the older checkpoint's next round must still be here then.
 NUM_KEPT = 3
+RESIDUAL = "residual/"  # begins the names of residuals in a round's file; the others are the optimiser's
 
 
-class OptimiserStore:
-    """Optimiser states of one site in one run, one file a round."""
+@dataclass(frozen=True)
+class Memory:
+    """What a site takes from one round into its next: its optimiser's moments, and what coding the update lost."""
+
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class SiteState:
+    """The files of one site in one run."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self._folder = folder / run
+        self._received = self._folder / "received.safetensors"
 
-    def before(self, round_number: int, *, since: int) -> dict[str, Tensor] | None:
-        """The state after the last round in ``since`` .. ``round_number - 1``; None if the site finished none of them.
+    def before(self, round_number: int, *, stage_began: int) -> Memory:
+        """What the last round that this site finished before ``round_number`` left; empty if there was none.
 
-        ``since`` is the first round of the stage: moments of another stage belong to another optimiser.
+        Moments from before ``stage_began``, the stage's first round, belong to another optimiser and are left out.
         """
-        earlier = [path for path in self._files() if since <= _round(path) < round_number]
+        earlier = [path for path in self._files() if _round(path) < round_number]
         if not earlier:
-            return None
+            return Memory()
         try:
-            return load_file(earlier[-1])
+            kept = load_file(earlier[-1])
         except (SafetensorError, OSError) as error:
             raise RunError(
                 f"the optimiser state kept at this site cannot be read ({type(error).__name__}); remove the site's state "
                 "folder to go on with fresh moments, or start the run anew"
             ) from None
+        is_of_stage = _round(earlier[-1]) >= stage_began
+        return Memory(
+            {name: value for name, value in kept.items() if is_of_stage and not name.startswith(RESIDUAL)},
+            {name.removeprefix(RESIDUAL): value for name, value in kept.items() if name.startswith(RESIDUAL)},
+        )
 
-    def save(self, round_number: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state after a round, whole or not at all, and drop what no resume can need."""
-        path = self._folder / f"round-{round_number:05d}.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in state.items()}, partial)
-            os.replace(partial, path)
-        except (SafetensorError, OSError) as error:
-            # Safetensors wraps what the system said, with its number; a path must not leave the site.
-            number = re.search(r"os error (\d+)", str(error))
-            reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or type(error).__name__
-            raise RunError(
-                f"the optimiser state cannot be kept at this site: {reason}; make room in its state folder"
-            ) from None
+    def save(self, round_number: int, memory: Memory) -> None:
+        """Keep what a round left, whole or not at all, and drop what no resume can need."""
+        tensors = dict(memory.moments) | {RESIDUAL + name: value for name, value in memory.residual.items()}
+        if not tensors:
+            return
+        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors")
         files = self._files()
         later = [path for path in files if _round(path) > round_number]
         for stale in later + files[: len(files) - len(later)][:-NUM_KEPT]:
             stale.unlink(missing_ok=True)
+
+    def received(self) -> dict[str, Tensor]:
+        """The parameters received last, for the caller to compare with their hashes; empty if there are none to be read."""
+        try:
+            return load_file(self._received)
+        except (SafetensorError, OSError):
+            return {}  # the server sends them again
+
+    def keep_received(self, parameters: Mapping[str, Tensor]) -> None:
+        """Keep parameters, so that the next order need not carry those that have not changed."""
+        self._keep("the server's parameters", parameters, self._received)
+
+    def _keep(self, what: str, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write a file that is there whole or not at all, even if the power fails: two flushes, however many tensors."""
+        partial = path.with_suffix(".partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for torn in (*self._folder.glob("*.partial"), *self._folder.glob(".tmp*")):  # safetensors' own, if it was killed
+                torn.unlink()
+            save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(self._folder)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{what} cannot be kept at this site: {_cause(error)}") from None
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("round-*.safetensors"))
@@ -70,3 +104,21 @@ class OptimiserStore:
 
 def _round(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
+
+
+def _cause(error: SafetensorError | OSError) -> str:
+    """What the system said and what helps, without the path that both kinds of error quote: it must not leave the site."""
+    found = re.search(r"os error (\d+)", str(error))  # how safetensors wraps the system's number
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    if number is None:
+        return f"{type(error).__name__}; see to its state folder"
+    is_full = number in (errno.ENOSPC, errno.EDQUOT)
+    return f"{os.strerror(number)}; {'make room in' if is_full else 'let the agent write to'} its state folder"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 from flwr.app import Context
@@ -20,27 +22,72 @@ from server import held_out as central
 from server.rounds import RoundLoop, Watch
 from server.store import Parameters, RunStore, row_of
 
+Evaluate = Callable[[int, str, Parameters], None]
 
-def build_app(experiment: config.Experiment, store: RunStore, *, watch: Watch, held_out: HeldOut | None = None) -> ServerApp:
+
+def build_app(
+    experiment: config.Experiment,
+    store: RunStore,
+    *,
+    watch: Watch,
+    held_out: HeldOut | None = None,
+    evaluates_beside: bool = False,
+) -> ServerApp:
     """A ServerApp that trains the experiment and commits every round to the store.
 
     ``held_out`` is what quick evaluations every ``evaluation.every`` rounds run on; without it there are none.
+    ``evaluates_beside`` runs them while the sites train the next round; right where this machine has a core to spare.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         tokenizer = Tokenizer.load(experiment.data.tokenizer)
-        model = central.initial_model(experiment, tokenizer)
+        initial = central.parameters_of(central.initial_model(experiment, tokenizer))
         evaluate = quick_evaluation(experiment, store, watch, held_out) if held_out is not None else None
-        RoundLoop(grid, experiment, store, watch=watch, on_committed=evaluate).run(central.parameters_of(model))
+        if evaluate is None or not evaluates_beside:
+            RoundLoop(grid, experiment, store, watch=watch, on_committed=evaluate).run(initial)
+            return
+        with Beside(evaluate) as beside:
+            loop = RoundLoop(grid, experiment, store, watch=watch, on_committed=beside.start, before_commit=beside.wait)
+            loop.run(initial)
 
     return app
 
 
-def quick_evaluation(
-    experiment: config.Experiment, store: RunStore, watch: Watch, held_out: HeldOut
-) -> Callable[[int, str, Parameters], None]:
+class Beside:
+    """Runs one evaluation at a time in a thread. A round is not committed before the evaluation of the round before it has
+    ended: so a run that is killed takes up at a round whose evaluation can be repeated.
+    """
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
+        self._running: Future[None] | None = None
+
+    def start(self, round_number: int, stage: str, parameters: Parameters) -> None:
+        """Evaluate a committed round in the background."""
+        self.wait()
+        self._running = self._thread.submit(self._evaluate, round_number, stage, parameters)
+
+    def wait(self) -> None:
+        """Wait for the evaluation that is going on; raises what it raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=error is None, cancel_futures=True)
+
+
+def quick_evaluation(experiment: config.Experiment, store: RunStore, watch: Watch, held_out: HeldOut) -> Evaluate:
     """What adds a learning curve's point every few rounds, once a round; its time is the evaluation's, not the rounds'."""
 
     def evaluate(round_number: int, stage: str, parameters: Parameters) -> None:

@@ -1,26 +1,33 @@
 """Between Flower's records and the words of fedmix, as the server sees them. client/messages.py is the other end.
 
-A reply is read field by field into an Update; whatever is missing, of another type or about another round is refused
-with a reason before any arithmetic sees it.
+A reply is read field by field; whatever is missing, of another type or about another order is refused with a reason. What
+its numbers are worth is for fedmix/federation/screening.py to say.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Size, Tensor
 
-from fedmix.batch import STREAMS
+from fedmix import config
+from fedmix.batch import STREAMS, Stream
 from fedmix.errors import UpdateError
-from fedmix.federation.update import Update, num_bytes, typed
+from fedmix.federation.update import typed
 
 FEDMIX_CODES = range(1000, 1100)  # errors raised by fedmix at a site or in an engine; their reasons are written to be shown
+NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
+REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "deltas"}
+RECEIPT_FIELDS = {"run", "round", "base", "fingerprint", "site", "nonce", "steps", "train_start", "train_end"}
 MAX_METRICS = 32
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}(/[a-z0-9_]{1,40}){0,2}")
 MAX_HEADER_BYTES = 1024  # an .npy header of a few dimensions has 128
@@ -38,10 +45,35 @@ class Greeting:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """An update with the facts around it: bytes on the wire, and when the site trained (seconds since 1970)."""
+class Order:
+    """What was asked of a site in a round; a reply must answer exactly this.
 
-    update: Update
+    ``base``: digest of all parameters that the site's stream reaches; ``groups``: digest of each of their groups.
+    """
+
+    site: config.Site
+    run: str
+    round_number: int
+    fingerprint: str
+    base: str
+    nonce: str
+    groups: Mapping[str, str]
+    shapes: Mapping[str, Size]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that answers its order, its numbers not yet screened.
+
+    ``arrays``: the coded tensors as they came, by name on the wire; views into the message, nothing is copied.
+    ``train_start`` and ``train_end``: seconds since 1970 by the site's clock.
+    """
+
+    examples: Mapping[Stream, int]
+    steps: int
+    metrics: Mapping[str, tuple[float, float]]
+    second_moments: Mapping[str, float]
+    arrays: Mapping[str, NDArray[Any]]
     bytes_up: int
     train_start: float
     train_end: float
@@ -70,53 +102,74 @@ def read_greeting(message: Message) -> Greeting:
 
 
 def order_content(
-    *, run: str, round_number: int, fingerprint: str, base: str, parameters: Mapping[str, Tensor]
+    order: Order, parameters: Mapping[str, Tensor], second_moments: Mapping[str, float]
 ) -> tuple[RecordDict, int]:
-    """What every site that trains these parameters is told in a round, and its bytes of parameters."""
+    """An order's records but for its nonce, which differs from site to site, and its bytes of parameters."""
     record = ArrayRecord({name: Array(value.contiguous().numpy()) for name, value in parameters.items()})
-    plan = ConfigRecord({"run": run, "round": round_number, "fingerprint": fingerprint, "base": base})
-    return RecordDict({"order": plan, "parameters": record}), _num_bytes(record)
+    moments = MetricRecord({name: float(value) for name, value in second_moments.items()})
+    content = RecordDict({"groups": ConfigRecord(dict(order.groups)), "parameters": record, "second_moments": moments})
+    return content, _num_bytes(record)
 
 
-def order(node_id: int, content: RecordDict, *, round_number: int, deadline_s: float) -> Message:
+def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s: float) -> Message:
     """A round's order to a node; whatever carries it may give it up after the deadline, for nobody waits any longer."""
-    return Message(content, node_id, "train", ttl=deadline_s, group_id=str(round_number))
+    plan = ConfigRecord(
+        {
+            "run": order.run,
+            "round": order.round_number,
+            "fingerprint": order.fingerprint,
+            "base": order.base,
+            "nonce": order.nonce,
+        }
+    )
+    return Message(RecordDict({"order": plan, **content}), node_id, "train", ttl=deadline_s, group_id=str(order.round_number))
 
 
-def read_reply(
-    message: Message,
-    *,
-    site: str,
-    run: str,
-    round_number: int,
-    fingerprint: str,
-    base: str,
-    parameters: Mapping[str, Tensor],
-) -> Reply:
-    """The update that a reply to an order over ``parameters`` carries.
+def needs_all(message: Message) -> bool:
+    """Whether the site has lost parameters that the server took it to hold, and asks for all of them."""
+    return bool(message.has_error()) and message.error.code == NEEDS_ALL
 
-    Raises UpdateError if the site refused, the reply is malformed, answers another order, or is larger than it can be.
+
+def read_reply(message: Message, order: Order) -> Reply:
+    """The reply to an order. Raises UpdateError if the site refused, the reply is malformed or answers another order.
+
+    What it costs is bounded by what arrived: headers are read, tensors are not.
     """
     if message.has_error():
         raise UpdateError(reason(message))
+    content = message.content
+    if set(content) - REPLY_RECORDS:
+        raise UpdateError(f"reply carries {len(set(content) - REPLY_RECORDS)} records that nobody asked for")
     try:
-        content = message.content
         receipt, examples = content.config_records["receipt"], content.metric_records["examples"]
         record, metrics = content.array_records["deltas"], content.metric_records["metrics"]
+        moments = content.metric_records["second_moments"]
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateError(f"reply is not of the form this version understands ({type(error).__name__})") from None
-    expected = {"site": site, "run": run, "round": round_number, "fingerprint": fingerprint, "base": base}
+    expected = {
+        "site": order.site.name,
+        "run": order.run,
+        "round": order.round_number,
+        "fingerprint": order.fingerprint,
+        "base": order.base,
+        "nonce": order.nonce,
+    }
+    undeclared = (set(receipt) - RECEIPT_FIELDS) | (set(examples) - set(STREAMS))
+    if undeclared:
+        raise UpdateError(f"reply carries {len(undeclared)} fields that nobody asked for")
     wrong = [key for key, value in expected.items() if typed(receipt, key, type(value)) != value]
     if wrong:
         raise UpdateError(f"reply answers another order: {', '.join(wrong)} differ")
-    update = Update(
-        site=site,
-        deltas=_tensors(record, parameters),
+    return Reply(
         examples={stream: typed(examples, stream, int) for stream in STREAMS},
         steps=typed(receipt, "steps", int),
         metrics=_metrics(metrics),
+        second_moments={name: typed(moments, name, float) for name in moments},
+        arrays={name: _view(array) for name, array in record.items()},
+        bytes_up=_num_bytes(record),
+        train_start=_moment(receipt, "train_start"),
+        train_end=_moment(receipt, "train_end"),
     )
-    return Reply(update, _num_bytes(record), _moment(receipt, "train_start"), _moment(receipt, "train_end"))
 
 
 def reason(message: Message) -> str:
@@ -131,16 +184,22 @@ def reason(message: Message) -> str:
     return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "..."
 
 
-def _tensors(record: ArrayRecord, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Arrays by name, decoded only when name and size are what was asked for: a claim must not cost memory."""
-    unknown = [name for name in record if name not in parameters]
-    if unknown:
-        raise UpdateError(f"{len(unknown)} tensors in the update are not among those that the site was to train")
-    for name, array in record.items():
-        if len(array.data) > num_bytes([parameters[name]]) + MAX_HEADER_BYTES:
-            raise UpdateError(f"{name}: update holds {len(array.data)} bytes, the model {num_bytes([parameters[name]])}")
+def _view(array: Array) -> NDArray[Any]:
+    """An array as it lies in the message. Only numpy's first format, in C order and without objects, is understood."""
     try:
-        return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+        if array.stype != "numpy.ndarray":
+            raise ValueError(array.stype)
+        header = io.BytesIO(array.data[:MAX_HEADER_BYTES])
+        if np.lib.format.read_magic(header) != (1, 0):
+            raise ValueError("version")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header, max_header_size=MAX_HEADER_BYTES)
+        if (
+            dtype.hasobject
+            or (is_fortran and len(shape) > 1)
+            or len(array.data) - header.tell() != math.prod(shape) * dtype.itemsize
+        ):
+            raise ValueError("content")
+        return np.frombuffer(array.data, dtype, offset=header.tell()).reshape(shape)
     except Exception as error:  # whatever the decoder trips over, it is the reply that is wrong
         raise UpdateError(f"the update's tensors cannot be decoded ({type(error).__name__})") from None
 

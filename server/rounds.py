@@ -1,4 +1,4 @@
-"""The round loop over a Flower Grid: order, wait with a deadline, drop what failed, aggregate, commit.
+"""The round loop over a Flower Grid: order, wait with a deadline, screen, write down, add up, commit.
 
 Flower's own Strategy.start has no deadline a site, no checkpoint, no early stop, and ends the run on one odd reply. Here
 a site that errs, is late or sends something unusable is dropped for the round; a round without enough sites is a failure
@@ -7,6 +7,7 @@ and never a success; and after some failed rounds in a row the run stops and say
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,37 +17,56 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmix import config
+from fedmix.batch import Stream
 from fedmix.errors import RunError, UpdateError
-from fedmix.federation import aggregate
-from fedmix.federation.local import sum_metrics
-from fedmix.federation.update import REACHED_BY, Update, check, digest, group_of, num_bytes, tower_of
+from fedmix.federation import aggregate, diagnostics, screening
+from fedmix.federation.outer import outer_step
+from fedmix.federation.screening import Norms, Screen
+from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, mean_metrics, num_bytes, tower_of
+from fedmix.federation.weights import weights_of
 from server import messages
+from server.roster import POLL_S, Roster
+from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
-
-POLL_S = 0.05  # at least so long from one question to the next; a Grid that waits by itself is asked again at once
-GREETING_DEADLINE_S = 120.0
 
 Watch = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Order:
-    """An order on its way: to whom, on which parameters, and since when (seconds since 1970)."""
+class Sent:
+    """An order on its way: its node, when it was sent (seconds since 1970), its bytes, and whether it carried everything."""
 
-    site: config.Site
-    base: str
-    parameters: Parameters
-    num_bytes: int
+    order: messages.Order
+    node_id: int
     sent: float
+    num_bytes: int
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A site's update that counts, with the facts around it. ``examples``: studies processed, before any cap."""
+
+    update: Coded
+    examples: Mapping[Stream, int]
+    bytes_up: int
+    train_start: float
+    train_end: float
 
 
 @dataclass
 class Round:
-    """What one round gathers while replies come in; its rows are written down once it counts."""
+    """What one round gathers while replies come in; its rows are written down once it counts.
+
+    ``groups``: digests of the parameter groups it begins with; ``reach``: how far its steps can lead in each of them.
+    """
 
     number: int
     stage: config.Stage
-    replies: list[messages.Reply] = field(default_factory=list)
+    started: float
+    groups: Mapping[str, str]
+    reach: Norms
+    taken: list[Taken] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -63,12 +83,13 @@ class RoundLoop:
         *,
         watch: Watch,
         on_committed: Callable[[int, str, Parameters], None] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
+        """``on_committed`` is told each round; if it goes on beside the next one, ``before_commit`` waits for it."""
         self._grid, self._experiment, self._store, self._watch = grid, experiment, store, watch
-        self._on_committed = on_committed
+        self._on_committed, self._before_commit = on_committed, before_commit
         self._fingerprint = experiment.fingerprint()
-        self._nodes: dict[str, int] = {}
-        self._studies: dict[str, int] = {}
+        self._roster = Roster(grid, experiment)
 
     def run(self, initial: Parameters) -> Committed:
         """Train every round that is not yet committed; returns where the run stands at the end."""
@@ -76,184 +97,232 @@ class RoundLoop:
         if committed.round_number:
             self._tell(committed)  # a kill may have come between the commit and what follows it
         if committed.round_number < self._experiment.num_rounds:
-            self._greet()
+            self._roster.greet()
         failed_in_a_row = 0
         while committed.round_number < self._experiment.num_rounds:
-            started = time.time()
-            stage, round_in_stage = self._experiment.stage_of(committed.round_number + 1)
-            velocity = committed.velocity if round_in_stage else {}
-            current = self._gather(Round(committed.round_number + 1, stage), committed.parameters)
-            try:
-                committed = self._commit(current, committed, velocity, started)
-            except UpdateError as error:
-                failed_in_a_row += 1
-                self._give_up_after(failed_in_a_row, current, str(error))
-            else:
-                failed_in_a_row = 0
-                self._tell(committed)
+            done = self._round(committed, failed_in_a_row)
+            failed_in_a_row = failed_in_a_row + 1 if done.round_number == committed.round_number else 0
+            committed = done
         return committed
+
+    def _round(self, committed: Committed, failed_in_a_row: int) -> Committed:
+        """One attempt at the next round; what stands after it is the same round where it failed."""
+        stage, round_in_stage = self._experiment.stage_of(committed.round_number + 1)
+        begun = committed if round_in_stage else replace(committed, outer={}, second_moments={})  # a stage starts afresh
+        screen = Screen.from_dict(committed.screening, self._experiment.screening, stage)
+        stages = self._experiment.stages[: self._experiment.stages.index(stage) + 1]
+        current = Round(
+            committed.round_number + 1,
+            stage,
+            time.time(),
+            digests(committed.parameters),
+            screening.reach(committed.parameters, stages, self._experiment.wire),
+        )
+        spool = Spool(self._store.spool_folder)
+        try:
+            self._gather(current, begun, screen, spool)
+            done = self._commit(current, begun, screen)
+        except UpdateError as error:
+            self._give_up_after(failed_in_a_row + 1, current, str(error))
+            return replace(committed, screening=screen.to_dict())
+        finally:
+            spool.close()
+        self._tell(done)
+        return done
 
     def _tell(self, committed: Committed) -> None:
         if self._on_committed is not None:
             stage, _ = self._experiment.stage_of(committed.round_number)
             self._on_committed(committed.round_number, stage.name, committed.parameters)
 
-    def _greet(self) -> None:
-        """Learn which node is which site; every site of the experiment must be there and run the same experiment."""
-        asked = [messages.query(node_id) for node_id in self._wait_for_nodes()]
-        # A site reads its whole shard before it answers, so it has at least as long as for a round.
-        deadline_s = max(GREETING_DEADLINE_S, self._experiment.federation.deadline_s)
-        for answer in self._grid.send_and_receive(asked, timeout=deadline_s):
-            try:
-                greeting = messages.read_greeting(answer)
-            except UpdateError as error:
-                raise RunError(str(error)) from None
-            if greeting.fingerprint != self._fingerprint:
-                raise RunError(
-                    f"site {greeting.site} was given another experiment (fingerprints differ); hand every site the same config"
-                )
-            if greeting.site in self._nodes:
-                raise RunError(f"two nodes answer as site {greeting.site}; stop one of its agents")
-            self._nodes[greeting.site] = greeting.node_id
-            self._studies[greeting.site] = greeting.studies
-        missing = [site.name for site in self._experiment.data.sites if site.name not in self._nodes]
-        if missing:
-            raise RunError(f"no node answered for {', '.join(missing)}; start their agents, or take them out of data.sites")
-
-    def _wait_for_nodes(self) -> list[int]:
-        deadline = time.monotonic() + GREETING_DEADLINE_S
-        while len(nodes := list(self._grid.get_node_ids())) < len(self._experiment.data.sites):
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{len(nodes)} of {len(self._experiment.data.sites)} nodes came within {GREETING_DEADLINE_S:.0f} s"
-                )
-            time.sleep(POLL_S)
-        return nodes
-
-    def _gather(self, current: Round, parameters: Parameters) -> Round:
+    def _gather(self, current: Round, committed: Committed, screen: Screen, spool: Spool) -> None:
         """Send the orders and take replies as they come, until all have answered or the deadline has passed."""
-        waiting = self._send(current, parameters)
+        waiting = self._send_all(current, committed, screen)
         deadline = time.monotonic() + self._experiment.federation.deadline_s
         while waiting and time.monotonic() < deadline:
             asked = time.monotonic()
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for message in replies:
-                order = waiting.pop(message.metadata.reply_to_message_id, None)
-                if order is not None:
-                    self._take(message, order, current)
-            if waiting and not replies:
+            replies = list(self._grid.pull_messages(list(waiting)))[::-1]
+            came = len(replies)
+            while replies:
+                message = replies.pop()  # out of memory as soon as it is written down
+                sent = waiting.pop(message.metadata.reply_to_message_id, None)
+                if sent is not None and messages.needs_all(message) and not sent.is_whole:
+                    waiting |= self._send_whole(current, committed, sent)
+                elif sent is not None:
+                    self._take(message, sent, current, screen, spool)
+            if waiting and not came:
                 time.sleep(max(0.0, POLL_S - (time.monotonic() - asked)))
-        for order in waiting.values():
-            self._drop(order.site.name, "no reply before the deadline", current)
-        return current
+        for sent in waiting.values():
+            self._drop(sent.order.site.name, "no reply before the deadline", current)
 
-    def _send(self, current: Round, parameters: Parameters) -> dict[str, Order]:
-        """Order every site of the stage to train, by message id; sites of one stream get the same content, made once."""
-        contents: dict[str, tuple[RecordDict, int, str, Parameters]] = {}
-        waiting: dict[str, Order] = {}
-        for site in config.sites_of(current.stage, self._experiment.data.sites):
-            if site.stream not in contents:
-                contents[site.stream] = self._content(current, for_stream(parameters, site.stream))
-            content, size, base, sent = contents[site.stream]
-            message = messages.order(
-                self._nodes[site.name],
-                content,
-                round_number=current.number,
-                deadline_s=self._experiment.federation.deadline_s,
-            )
-            order = Order(site, base, sent, size, time.time())
-            ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
-            waiting |= dict.fromkeys(ids, order)
-            current.bytes_down[site.name] = size
-            if not ids:
-                self._drop(site.name, "its order could not be sent", current)
+    def _send_all(self, current: Round, committed: Committed, screen: Screen) -> dict[str, Sent]:
+        """Order the round's sites to train, by message id; sites that are sent the same share one content."""
+        contents: dict[tuple[str, frozenset[str]], tuple[RecordDict, int]] = {}
+        waiting: dict[str, Sent] = {}
+        for site in self._roster.chosen(current.stage, current.number, screen.struck_out()):
+            order = self._order(site, current, committed.parameters)
+            lacking = self._roster.lacks(site.name, order.groups)
+            key = (site.stream, lacking)
+            if key not in contents:
+                contents[key] = self._content(order, committed, lacking)
+            waiting |= self._send(order, *contents[key], current, is_whole=len(lacking) == len(order.groups))
         return waiting
 
-    def _content(self, current: Round, parameters: Parameters) -> tuple[RecordDict, int, str, Parameters]:
-        base = digest(parameters)
-        content, size = messages.order_content(
+    def _send_whole(self, current: Round, committed: Committed, sent: Sent) -> dict[str, Sent]:
+        """The same order again, with everything: the site has lost what it held."""
+        site = sent.order.site
+        self._roster.forget(site.name)
+        content, size = self._content(sent.order, committed, frozenset(sent.order.groups))
+        return self._send(sent.order, content, size, current, is_whole=True)
+
+    def _send(
+        self, order: messages.Order, content: RecordDict, size: int, current: Round, *, is_whole: bool
+    ) -> dict[str, Sent]:
+        node_id = self._roster.nodes[order.site.name]
+        message = messages.order_message(node_id, order, content, deadline_s=self._experiment.federation.deadline_s)
+        sent = Sent(order, node_id, time.time(), size, is_whole)
+        ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
+        current.bytes_down[order.site.name] = current.bytes_down.get(order.site.name, 0) + size
+        if not ids:
+            self._drop(order.site.name, "its order could not be sent", current)
+        return dict.fromkeys(ids, sent)
+
+    def _order(self, site: config.Site, current: Round, parameters: Parameters) -> messages.Order:
+        shapes = {name: value.shape for name, value in for_stream(parameters, site.stream).items()}
+        groups = {group: current.groups[group] for group in sorted({group_of(name) for name in shapes})}
+        return messages.Order(
+            site=site,
             run=self._store.run_id,
             round_number=current.number,
             fingerprint=self._fingerprint,
-            base=base,
-            parameters=parameters,
+            base=base_of(groups),
+            nonce=secrets.token_hex(16),
+            groups=groups,
+            shapes=shapes,
         )
-        return content, size, base, parameters
 
-    def _take(self, message: Message, order: Order, current: Round) -> None:
-        """Read one reply; whatever is wrong with it drops the site for this round only."""
-        site = order.site
+    def _content(self, order: messages.Order, committed: Committed, lacking: frozenset[str]) -> tuple[RecordDict, int]:
+        parameters = {name: committed.parameters[name] for name in order.shapes if group_of(name) in lacking}
+        moments = {name: value for name, value in committed.second_moments.items() if name in order.shapes}
+        return messages.order_content(order, parameters, moments)
+
+    def _take(self, message: Message, sent: Sent, current: Round, screen: Screen, spool: Spool) -> None:
+        """Read and screen one reply; whatever is wrong with it drops the site for this round only."""
+        site = sent.order.site
         try:
-            reply = messages.read_reply(
-                message,
-                site=site.name,
-                run=self._store.run_id,
-                round_number=current.number,
-                fingerprint=self._fingerprint,
-                base=order.base,
-                parameters=order.parameters,
-            )
-            check(reply.update, order.parameters)
-            _check_work(reply.update, site, current.stage)
+            if message.has_error():  # the site's own word, or its engine's: no strike
+                self._drop(site.name, messages.reason(message), current)
+                return
+            reply = messages.read_reply(message, sent.order)
+            self._roster.holds(site.name, sent.order.groups)
+            update = self._screened(reply, sent.order, current, screen)
         except UpdateError as error:
-            self._drop(site.name, str(error), current)
+            strikes = screen.strike(site.name)
+            last = "; it is not asked again" if site.name in screen.struck_out() else ""
+            self._drop(site.name, f"{error} (strike {strikes}{last})", current)
             return
-        reply = _on_our_clock(reply, order.sent, time.time())
-        current.replies.append(reply)
-        values = {f"train/{name}": total / weight for name, (total, weight) in reply.update.metrics.items() if weight > 0}
-        values |= {f"data/{stream}": float(count) for stream, count in reply.update.examples.items()}
-        values |= {
-            "comm/bytes_up": float(reply.bytes_up),
-            "comm/bytes_down": float(order.num_bytes),
-            "time/train_s": reply.train_end - reply.train_start,
-        }
-        self._say("site", current, site.name, values)
+        taken = _on_our_clock(
+            Taken(spool.add(update), reply.examples, reply.bytes_up, reply.train_start, reply.train_end), sent.sent, time.time()
+        )
+        current.taken.append(taken)
+        self._say("site", current, site.name, _facts_of_site(taken, current.bytes_down[site.name]))
+
+    def _screened(self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen) -> Coded:
+        """The update, once nothing is found wrong with it; what it holds is decoded a slab at a time."""
+        asked = screening.Asked(
+            order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
+        )
+        examples = screening.check_work(reply.examples, reply.steps, reply.metrics, asked)
+        screening.check_second_moments(reply.second_moments, order.shapes, current.stage.optimiser)
+        update = Coded(
+            site=order.site.name,
+            examples=examples,
+            steps=reply.steps,
+            parts=screening.check_arrays(reply.arrays, order.shapes, order.site.stream, self._experiment.wire),
+            shapes=order.shapes,
+            wire=self._experiment.wire,
+            metrics=reply.metrics,
+            second_moments=reply.second_moments,
+        )
+        screen.take(update.site, order.site.stream, screening.norms_of(update, order.shapes), current.reach)
+        return update
 
     def _drop(self, site: str, why: str, current: Round) -> None:
         current.failures[site] = why
         self._watch({"event": "dropped", "stage": current.stage.name, "round": current.number, "site": site, "why": why})
 
-    def _commit(self, current: Round, committed: Committed, velocity: Parameters, started: float) -> Committed:
+    def _commit(self, current: Round, committed: Committed, screen: Screen) -> Committed:
         """Aggregate, step, and make the round last; raises UpdateError where the replies make no round."""
-        wanted = self._experiment.federation.min_sites
-        if len(current.replies) < wanted:
-            raise UpdateError(f"{len(current.replies)} of {len(current.bytes_down)} sites sent an update, {wanted} are needed")
+        self._check_quorum(current)
         gathered = time.time()
-        deltas = aggregate.aggregate([reply.update for reply in current.replies], self._experiment.aggregation)
-        parameters, velocity = aggregate.outer_step(committed.parameters, deltas, velocity, current.stage.outer)
-        if not all(bool(parameters[name].isfinite().all()) for name in deltas):
-            raise UpdateError("the aggregated model holds values that are not finite; lower outer.lr or the sites' rates")
-        aggregate_s, busy_s = time.time() - gathered, covered([(one.train_start, one.train_end) for one in current.replies])
-        values = {f"train/{name}": value for name, value in sum_metrics(reply.update for reply in current.replies).items()}
-        values |= {
-            "time/round_s": time.time() - started,
-            "time/train_s": busy_s,
-            "time/aggregate_s": aggregate_s,
-            "num_sites": float(len(current.replies)),
-            "num_failed": float(len(current.failures)),
-            "aggregate/update_norm": sum(float(delta.square().sum()) for delta in deltas.values()) ** 0.5,
-        }
+        parameters, outer, norm = self._step(current, committed)
+        updates = [taken.update for taken in current.taken]
+        moments = aggregate.aggregate_second_moments(updates, self._experiment.aggregation)
+        aggregate_s, busy_s = time.time() - gathered, covered([(one.train_start, one.train_end) for one in current.taken])
+        values = {f"train/{name}": value for name, value in mean_metrics(update.metrics for update in updates).items()}
+        values |= _facts_of_round(current, busy_s=busy_s, aggregate_s=aggregate_s) | {"aggregate/update_norm": norm}
         self._say("round", current, None, values)
+        self._diagnose(current, updates)
+        waited = time.time()
+        if self._before_commit is not None:
+            self._before_commit()
+        waited = time.time() - waited
         totals = self._totals(current, committed, aggregate_s=aggregate_s, busy_s=busy_s)
-        _add(totals, "rounds_s", time.time() - started)
+        _add(totals, "rounds_s", time.time() - current.started - waited)
         written = time.time()
+        screen.keep()
+        done = Committed(current.number, parameters, outer, totals, screen.to_dict(), moments)
         # Rows first: of a round that a kill left uncommitted they are dropped on resume, and a committed round has its own.
         self._store.append(current.rows)
-        self._store.commit(Committed(current.number, parameters, velocity, totals))
+        self._store.commit(done)
         # What the commit itself took is in the next checkpoint.
         _add(totals, "rounds_s", time.time() - written)
-        return Committed(current.number, parameters, velocity, totals)
+        return done
+
+    def _check_quorum(self, current: Round) -> None:
+        """Raise UpdateError unless enough sites answered, of the stage and of each of its streams."""
+        federation = self._experiment.federation
+        if len(current.taken) < federation.min_sites or not current.taken:
+            asked = len(current.bytes_down)
+            raise UpdateError(f"{len(current.taken)} of {asked} sites sent an update, {federation.min_sites} are needed")
+        for stream in current.stage.streams:
+            wanted = getattr(federation.min_sites_of_stream, stream)
+            came = sum(taken.examples.get(stream, 0) > 0 for taken in current.taken)
+            if came < wanted:
+                raise UpdateError(f"{came} sites with {stream} studies sent an update, {wanted} are needed")
+
+    def _step(self, current: Round, committed: Committed) -> tuple[Parameters, Parameters, float]:
+        """The next parameters, the outer optimiser's next state, and the length of the aggregated change.
+
+        One parameter at a time; what no site trained, and its moments, stay as they are to the bit.
+        """
+        shapes = {name: value.shape for name, value in committed.parameters.items()}
+        parameters, outer, squared = dict(committed.parameters), dict(committed.outer), 0.0
+        updates = [taken.update for taken in current.taken]
+        for name, delta in aggregate.aggregate(updates, shapes, self._experiment.aggregation):
+            moments = {moment: outer[key] for moment in ("velocity", "first", "second") if (key := f"{moment}/{name}") in outer}
+            parameters[name], moments = outer_step(parameters[name], delta, moments, current.stage.outer)
+            if not bool(parameters[name].isfinite().all()):
+                raise UpdateError("the aggregated model holds values that are not finite; lower outer.lr or the sites' rates")
+            outer |= {f"{moment}/{name}": value for moment, value in moments.items()}
+            squared += float(delta.double().square().sum())
+        return parameters, outer, squared**0.5
+
+    def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:
+        weights = weights_of(updates, self._experiment.aggregation)
+        shapes = {name: shape for update in updates for name, shape in update.shapes.items()}
+        self._say("aggregate", current, None, diagnostics.diagnose(updates, shapes, weights))
 
     def _totals(self, current: Round, committed: Committed, *, aggregate_s: float, busy_s: float) -> dict[str, float]:
         """Sums over the whole run, which live in the checkpoint so that a resumed run reports all of it."""
         totals = dict(committed.totals)
-        for reply in current.replies:
-            site = reply.update.site
-            _add(totals, f"bytes_up/{site}", reply.bytes_up)
+        for taken in current.taken:
+            site = taken.update.site
+            _add(totals, f"bytes_up/{site}", taken.bytes_up)
             _add(totals, f"bytes_down/{site}", current.bytes_down[site])
-            _add(totals, f"examples/{site}", sum(reply.update.examples.values()))
+            _add(totals, f"examples/{site}", sum(taken.examples.values()))
             _add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
-            totals[f"studies/{site}"] = self._studies[site]
+            totals[f"studies/{site}"] = self._roster.studies[site]
         _add(totals, "local_train_s", busy_s)
         _add(totals, "aggregate_s", aggregate_s)
         return totals
@@ -287,24 +356,32 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _check_work(update: Update, site: config.Site, stage: config.Stage) -> None:
-    """Raise UpdateError unless a site did the work it was asked for: counts decide its weight in the mean."""
-    if update.steps != stage.local_steps:
-        raise UpdateError(f"the site took {update.steps} steps, it was asked for {stage.local_steps}")
-    others = sum(count for stream, count in update.examples.items() if stream != site.stream)
-    if others:
-        raise UpdateError(f"the site counts {others} studies of a stream that is not its own ({site.stream})")
-    most = 2 * stage.local_steps * stage.batch_size  # twice: batches drawn study by study (differential privacy) vary
-    if update.examples.get(site.stream, 0) > most:
-        raise UpdateError(f"the site counts more than {most} studies, which its steps cannot have seen")
+def _facts_of_site(taken: Taken, bytes_down: int) -> dict[str, float]:
+    values = {f"train/{name}": total / weight for name, (total, weight) in taken.update.metrics.items() if weight > 0}
+    values |= {f"data/{stream}": float(count) for stream, count in taken.examples.items()}
+    return values | {
+        "comm/bytes_up": float(taken.bytes_up),
+        "comm/bytes_down": float(bytes_down),
+        "time/train_s": taken.train_end - taken.train_start,
+    }
 
 
-def _on_our_clock(reply: messages.Reply, sent: float, came: float) -> messages.Reply:
-    """The reply with its training time inside the time we waited for it; a site's clock may be wrong."""
-    if sent <= reply.train_start <= reply.train_end <= came:
-        return reply
-    length = min(max(reply.train_end - reply.train_start, 0.0), came - sent)
-    return replace(reply, train_start=came - length, train_end=came)
+def _facts_of_round(current: Round, *, busy_s: float, aggregate_s: float) -> dict[str, float]:
+    return {
+        "time/round_s": time.time() - current.started,
+        "time/train_s": busy_s,
+        "time/aggregate_s": aggregate_s,
+        "num_sites": float(len(current.taken)),
+        "num_failed": float(len(current.failures)),
+    }
+
+
+def _on_our_clock(taken: Taken, sent: float, came: float) -> Taken:
+    """The update with its training time inside the time we waited for it; a site's clock may be wrong."""
+    if sent <= taken.train_start <= taken.train_end <= came:
+        return taken
+    length = min(max(taken.train_end - taken.train_start, 0.0), came - sent)
+    return replace(taken, train_start=came - length, train_end=came)
 
 
 def _add(totals: dict[str, float], name: str, value: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -40,12 +41,19 @@ Row = dict[str, Any]  # one line of metrics.jsonl
 
 @dataclass(frozen=True)
 class Committed:
-    """Where a run stands: rounds done, parameters, outer velocity, and the sums that go on (bytes, seconds, examples)."""
+    """Where a run stands: everything the next round depends on, written in one commit.
+
+    ``outer``: the server's optimiser, "<moment>/<parameter>" -> tensor. ``totals``: sums that go on (bytes, seconds, examples).
+    ``screening``: what refusals remember (fedmix/federation/screening.py). ``second_moments``: the sites' mean of AdamW's v.
+    Which sites a round asks and what they draw follows from seed and round, so no random state is kept.
+    """
 
     round_number: int
     parameters: Parameters
-    velocity: Parameters
+    outer: Parameters
     totals: dict[str, float]
+    screening: dict[str, Any] = field(default_factory=dict)
+    second_moments: dict[str, float] = field(default_factory=dict)
 
 
 class RunStore:
@@ -72,6 +80,11 @@ class RunStore:
     def run_id(self) -> str:
         """The run's identity on the wire and in the sites' state folders."""
         return str(self._manifest["run_id"])
+
+    @property
+    def spool_folder(self) -> Path:
+        """Where a round's updates are kept until they are added up."""
+        return self.folder / "spool"
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -101,7 +114,7 @@ class RunStore:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_checkpoint(partial, committed, wall_s=self.wall_s)
+            _write_checkpoint(partial, committed, wall_s=self.wall_s, fingerprint=self._manifest["fingerprint"])
             shutil.rmtree(final, ignore_errors=True)  # a damaged one, which the run fell back from
             os.rename(partial, final)
             _flush(self._checkpoints)
@@ -173,6 +186,7 @@ class RunStore:
         self._checkpoints.mkdir(exist_ok=True)
         for partial in self._checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
+        shutil.rmtree(self.spool_folder, ignore_errors=True)
         committed = self.latest()
         self._drop_lost_rows(committed.round_number if committed else 0)
         self._earlier_s = committed.totals.get("wall_s", 0.0) if committed else 0.0
@@ -228,16 +242,21 @@ def row_of(event: str, *, stage: str, round_number: int, site: str | None, value
     }
 
 
-def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float) -> None:
+def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float, fingerprint: str) -> None:
     save_file(committed.parameters, folder / "model.safetensors")
-    save_file(committed.velocity, folder / "velocity.safetensors")
+    save_file(committed.outer, folder / "outer.safetensors")
     facts = {
         "round": committed.round_number,
+        "fingerprint": fingerprint,
         "totals": committed.totals | {"wall_s": wall_s},
+        "screening": committed.screening,
+        "second_moments": committed.second_moments,
         "model_sha256": digest(committed.parameters),
-        "velocity_sha256": digest(committed.velocity),
+        "outer_sha256": digest(committed.outer),
     }
-    (folder / "round.json").write_text(json.dumps(facts))
+    text = json.dumps(facts)
+    (folder / "round.json").write_text(text)
+    (folder / "round.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
     for path in folder.iterdir():
         _flush(path)
 
@@ -245,12 +264,22 @@ def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float) -> N
 def _read_checkpoint(folder: Path) -> Committed | None:
     """A checkpoint, or None if any of its files is missing, cut short or changed."""
     try:
-        facts = json.loads((folder / "round.json").read_text())
-        parameters = load_file(folder / "model.safetensors")
-        velocity = load_file(folder / "velocity.safetensors")
-        if (digest(parameters), digest(velocity)) != (facts["model_sha256"], facts["velocity_sha256"]):
+        text = (folder / "round.json").read_text()
+        if hashlib.sha256(text.encode()).hexdigest() != (folder / "round.sha256").read_text():
             return None
-        return Committed(int(facts["round"]), parameters, velocity, dict(facts["totals"]))
+        facts = json.loads(text)
+        parameters = load_file(folder / "model.safetensors")
+        outer = load_file(folder / "outer.safetensors")
+        if (digest(parameters), digest(outer)) != (facts["model_sha256"], facts["outer_sha256"]):
+            return None
+        return Committed(
+            int(facts["round"]),
+            parameters,
+            outer,
+            dict(facts["totals"]),
+            dict(facts["screening"]),
+            dict(facts["second_moments"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 

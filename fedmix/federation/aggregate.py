@@ -1,121 +1,118 @@
-"""The server's arithmetic: pure functions from updates to the next parameters.
+"""The server's sum: from the sites' changes to one change for each parameter, one parameter at a time.
 
-Plain FedAvg divides every parameter's sum by the examples of ALL sites, so what few sites train hardly moves. Here
-weights are per parameter group and per stream:
-
-    p[k, g] = sum over streams m that reach g of  mix[m | g] * n[k, m]^a / sum_j n[j, m]^a
-
-with the mix renormalised over the streams present, so that the weights of a group sum to one over the sites that trained
-it. ``fedavg_all`` is the naive rule kept for comparison; ``paired_only`` lets only paired sites count.
+Sites are added in name order in float64, so the order of arrival changes no bit. A site of weight zero is invisible, even if
+it sent infinities, and what only such sites sent nobody trained: it is not yielded, so the server's optimiser leaves it be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from fedmix import config
-from fedmix.batch import STREAMS, Stream
 from fedmix.errors import UpdateError
-from fedmix.federation.update import REACHED_BY, Tower, Update, group_of, tower_of
+from fedmix.federation.robust import clip_factors, middle, num_cut
+from fedmix.federation.slabs import Group, Shapes, Slab, groups_of, norm, read, slabs
+from fedmix.federation.update import Contribution, rows_of
+from fedmix.federation.weights import rule_weights, step_factors
 
-Weights = dict[str, float]  # site -> weight
-
-
-def modality_aware(updates: Sequence[Update], tower: Tower, settings: config.Aggregation) -> Weights:
-    """Weights of a tower's groups among the sites given, which all trained it; they sum to one."""
-    mix = _mix(tower, settings)
-    totals = {stream: sum(_power(update, stream, settings) for update in updates) for stream in STREAMS}
-    present = {stream: share for stream, share in mix.items() if totals[stream] > 0}
-    norm = sum(present.values())
-    if norm == 0:
-        raise UpdateError(f"sites sent {tower} parameters, but none of them trained on a stream that reaches them")
-    return {
-        update.site: sum(share / norm * _power(update, stream, settings) / totals[stream] for stream, share in present.items())
-        for update in updates
-    }
+Norms = Mapping[str, Mapping[str, float]]  # site -> group -> length of its change
 
 
-def fedavg_all(updates: Sequence[Update], tower: Tower, settings: config.Aggregation) -> Weights:
-    """FedAvg (1602.05629): every site counts by its examples, whatever it trained."""
-    total = sum(_num_examples(update) for update in updates)
-    return {update.site: _num_examples(update) / total for update in updates}
+@dataclass(frozen=True)
+class Summand:
+    """A site in a group's sum: its weight, and what its change is multiplied with before it is weighed."""
+
+    contribution: Contribution
+    weight: float
+    factor: float
 
 
-def paired_only(updates: Sequence[Update], tower: Tower, settings: config.Aggregation) -> Weights:
-    """FedAvg among the sites that hold pairs; the others weigh nothing."""
-    total = sum(update.examples.get("paired", 0) for update in updates)
-    if total == 0:
-        raise UpdateError("rule paired_only got no update from a site with pairs; give the stage a paired site")
-    return {update.site: update.examples.get("paired", 0) / total for update in updates}
+def aggregate(
+    contributions: Sequence[Contribution],
+    shapes: Shapes,
+    settings: config.Aggregation,
+    *,
+    norms: Norms | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and float32 change of every parameter that a site with a weight trained, in name order.
 
-
-# Rules by name. A naive rule divides by all sites, also by those that did not train the group.
-RULES: dict[str, Callable[[Sequence[Update], Tower, config.Aggregation], Weights]] = {
-    "modality_aware": modality_aware,
-    "fedavg_all": fedavg_all,
-    "paired_only": paired_only,
-}
-
-
-def aggregate(updates: Sequence[Update], settings: config.Aggregation) -> dict[str, Tensor]:
-    """The weighted sum of the sites' deltas by parameter name; parameters that nobody trained are absent.
-
-    Sites are added in name order in float64, so the order of arrival changes nothing, to the bit.
+    Holds one tensor and one slab at a time (of every site, where ``combine`` is not the mean), never an update. Clipping reads
+    every change once more, unless the caller has the ``norms`` already. Raises UpdateError before anything is yielded.
     """
-    ordered = sorted(updates, key=lambda update: update.site)
-    if len({update.site for update in ordered}) != len(ordered):
-        raise UpdateError("two updates carry the same site's name")
-    names = sorted({name for update in ordered for name in update.deltas})
-    weights: dict[tuple[str, tuple[str, ...]], Weights] = {}
-    deltas: dict[str, Tensor] = {}
-    for name in names:
-        contributors = [update for update in ordered if name in update.deltas]
-        group = group_of(name)
-        key = (group, tuple(update.site for update in contributors))
-        if key not in weights:
-            counted = contributors if settings.rule == "modality_aware" else ordered
-            weights[key] = RULES[settings.rule](counted, tower_of(group), settings)
-        # A site of weight zero is invisible, even if it sent infinities; what only such sites sent, nobody trained.
-        weighing = [update for update in contributors if weights[key][update.site]]
-        if weighing:
-            total = torch.zeros_like(weighing[0].deltas[name], dtype=torch.float64)
-            for update in weighing:
-                total.add_(update.deltas[name].double(), alpha=weights[key][update.site])
-            deltas[name] = total.float()
-    return deltas
+    groups = groups_of(contributions)
+    unknown = {name for group in groups.values() for name in group.parameters} - set(shapes)
+    if unknown:
+        raise UpdateError(f"{len(unknown)} tensors in the updates are not in the model")
+    summands = {name: _summands(group, shapes, settings, norms) for name, group in groups.items()}
+    places = sorted((parameter, name) for name, group in groups.items() if summands[name] for parameter in group.parameters)
+    return ((parameter, _total(parameter, shapes[parameter], summands[group], settings)) for parameter, group in places)
 
 
-def outer_step(
-    parameters: Mapping[str, Tensor], deltas: Mapping[str, Tensor], velocity: Mapping[str, Tensor], settings: config.Outer
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The server's SGD step along the aggregated change, as new parameters and new velocity.
+def aggregate_second_moments(contributions: Sequence[Contribution], settings: config.Aggregation) -> dict[str, float]:
+    """AdamW's second moment by parameter, one number each: the mean over sites (FedAdamW, 2510.27486).
 
-    Parameters without a change, and their velocity, stay as they are to the bit.
+    Combined, limited and weighed as the changes are, so that one site can no more stop the others by a huge number than move
+    the model by a huge change; but weights are scaled to sum to one, for a mean of moments must not shrink.
     """
-    new_parameters, new_velocity = dict(parameters), dict(velocity)
-    for name, delta in deltas.items():
-        step = delta
-        if settings.momentum > 0:
-            moving = settings.momentum * velocity.get(name, torch.zeros_like(delta)) + delta
-            new_velocity[name] = moving
-            step = delta + settings.momentum * moving if settings.nesterov else moving
-        new_parameters[name] = parameters[name] + settings.lr * step
-    return new_parameters, new_velocity
+    found: dict[str, float] = {}
+    for group in groups_of(contributions).values():
+        weights = rule_weights(group, settings)
+        for name in group.parameters:
+            held = {one.site: one.second_moments[name] for one in group.senders if name in one.second_moments}
+            held = {site: value for site, value in held.items() if weights[site] > 0}
+            if held:
+                factors = clip_factors(held, settings)
+                found[name] = _moment(
+                    [value * factors[site] for site, value in held.items()], [weights[one] for one in held], settings
+                )
+    return dict(sorted(found.items()))
 
 
-def _mix(tower: Tower, settings: config.Aggregation) -> dict[Stream, float]:
-    if tower == "shared":
-        return {stream: getattr(settings.shared_mix, stream) for stream in STREAMS}
-    return {stream: 1.0 / len(REACHED_BY[tower]) for stream in REACHED_BY[tower]}
+def _moment(values: Sequence[float], weights: Sequence[float], settings: config.Aggregation) -> float:
+    cut = num_cut(len(values), settings)
+    return fmean(values, weights) if cut is None else fmean(sorted(values)[cut : len(values) - cut])
 
 
-def _power(update: Update, stream: Stream, settings: config.Aggregation) -> float:
-    count = update.examples.get(stream, 0)
-    return float(count) ** settings.count_exponent if count > 0 else 0.0
+def _summands(group: Group, shapes: Shapes, settings: config.Aggregation, norms: Norms | None) -> list[Summand]:
+    """The sites that have a say in a group, in name order."""
+    weights = rule_weights(group, settings)
+    steps = step_factors(group, weights, settings)
+    weighing = [one for one in group.senders if weights[one.site] > 0]
+    lengths: dict[str, float] = {}
+    if settings.clip is not None:
+        for one in weighing:
+            length = norm(one, group.parameters, shapes) if norms is None else norms[one.site][group.name]
+            lengths[one.site] = length * steps[one.site]
+    clips = clip_factors(lengths, settings)
+    return [Summand(one, weights[one.site], steps[one.site] * clips.get(one.site, 1.0)) for one in weighing]
 
 
-def _num_examples(update: Update) -> int:
-    return sum(update.examples.values())
+def _total(name: str, shape: Sequence[int], summands: Sequence[Summand], settings: config.Aggregation) -> Tensor:
+    cut = num_cut(len(summands), settings)
+    total = torch.empty(shape, dtype=torch.float32)
+    rows = total.view(rows_of(shape))
+    for slab in slabs(shape, 1 if cut is None else len(summands)):
+        place = rows[slab.start : slab.stop, slab.left : slab.right]
+        place.copy_(_mean(name, slab, summands) if cut is None else _middle(name, slab, summands, cut))
+    return total
+
+
+def _mean(name: str, slab: Slab, summands: Sequence[Summand]) -> Tensor:
+    """The weighted sum; each site's slab is dropped before the next is read."""
+    total = torch.zeros(slab.stop - slab.start, slab.right - slab.left, dtype=torch.float64)
+    for one in summands:
+        total.add_(read(one.contribution, name, slab), alpha=one.weight * one.factor)
+    return total
+
+
+def _middle(name: str, slab: Slab, summands: Sequence[Summand], cut: int) -> Tensor:
+    """The coordinate-wise rule counts sites alike. It is scaled by the sum of the weights: some rules move a group less."""
+    values_SRC = torch.empty(len(summands), slab.stop - slab.start, slab.right - slab.left, dtype=torch.float64)
+    for place, one in zip(values_SRC, summands, strict=True):
+        place.copy_(read(one.contribution, name, slab)).mul_(one.factor)
+    return middle(values_SRC, cut).mul_(sum(one.weight for one in summands))

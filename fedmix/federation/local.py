@@ -1,15 +1,16 @@
 """A site's whole job in a round: H optimiser steps from the server's model, and the change that came of them.
 
 Two traps decide the details. Parameters that no loss reached must keep ``grad is None``: zeroed gradients still let
-AdamW's decay and Muon's momentum move them. And everything random follows from (seed, site, stage, step), never from a
-counter, so that a resumed round, another engine or another number of workers gives the same bits.
+AdamW's decay and Muon's momentum move them, and so would a proximal term of their own. And everything random follows from
+(seed, site, stage, step), never from a counter, so that a resumed round, another engine or another number of workers gives
+the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,9 @@ from fedmix.federation.update import Update
 from fedmix.objectives.mixture import Learner
 
 OptimiserState = dict[str, Tensor]  # "<optimiser>/<parameter>/<moment>" -> tensor
+
+BETAS = (0.9, 0.98)  # of AdamW
+SETTLED = 10_000  # steps after which AdamW's bias correction is 1 to a float64
 
 
 class Batches(Protocol):
@@ -67,7 +71,9 @@ class Optimisers:
             {"params": tables, "weight_decay": settings.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=(0.9, 0.98), fused=True)
+        adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=BETAS, fused=True)
+        self._adamw = adamw
+        self._second_moments: dict[str, float] = {}  # to start from, until a parameter's first gradient
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {"adamw": (adamw, settings.lr)}
         if matrices:
             muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
@@ -79,11 +85,46 @@ class Optimisers:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
         if not bool(norm.isfinite()):
             raise UpdateError("the gradient is not finite; lower optimiser.lr or optimiser.muon_lr for this stage")
+        for parameter in parameters:
+            mean = self._second_moments.pop(self._names[parameter], 0.0)
+            if mean > 0:  # zero tells nothing, and AdamW would divide by it
+                self._start(parameter, mean)
         for optimiser, peak in self._parts.values():
             for group in optimiser.param_groups:
                 group["lr"] = peak * cosine(progress, warmup=self._settings.warmup, final=self._settings.final_lr)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+    def start_from(self, second_moments: Mapping[str, float]) -> None:
+        """Let AdamW start from the sites' mean of its second moment, one number a parameter (FedAdamW, 2510.27486).
+
+        It takes effect at a parameter's first gradient, so that what no loss reaches has no moments.
+        """
+        taken = {self._names[parameter] for group in self._adamw.param_groups for parameter in group["params"]}
+        if set(second_moments) - taken or not all(0 <= mean < math.inf for mean in second_moments.values()):
+            raise RunError("the second moments to start from should be positive numbers of parameters that AdamW trains here")
+        self._second_moments = dict(second_moments)
+
+    def second_moments(self, trained: Container[str]) -> dict[str, float]:
+        """Mean of AdamW's second moment, bias-corrected, of its parameters among ``trained``."""
+        return {
+            self._names[parameter]: float(moments["exp_avg_sq"].double().mean()) / (1.0 - BETAS[1] ** float(moments["step"]))
+            for parameter, moments in self._adamw.state.items()
+            if self._names[parameter] in trained
+        }
+
+    def _start(self, parameter: Tensor, mean: float) -> None:
+        """Make ``mean`` the second moment. AdamW has one count of steps for both corrections, so it is set past either.
+
+        A first moment that was kept is corrected here instead; a new one starts at zero and takes some ten steps to fill.
+        """
+        moments = self._adamw.state[parameter]
+        if moments:
+            moments["exp_avg"] /= 1.0 - BETAS[0] ** float(moments["step"])
+        else:
+            moments["exp_avg"] = torch.zeros_like(parameter)
+        moments["exp_avg_sq"] = torch.full_like(parameter, mean)
+        moments["step"] = torch.tensor(float(SETTLED))
 
     def state(self) -> OptimiserState:
         """Moments of every parameter that has taken a step."""
@@ -132,18 +173,20 @@ def train(
     assignment: Assignment,
     *,
     optimiser_state: Mapping[str, Tensor] | None = None,
+    second_moments: Mapping[str, float] | None = None,
     precision: str = "float32",
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Update, OptimiserState]:
-    """Take the round's steps in place and return the update and the optimiser state to keep at the site."""
+    """Take the round's steps in place and return the update and the optimiser state to keep at the site.
+
+    ``second_moments``: the sites' means of AdamW's second moment, from which a stage that aggregates them starts the round.
+    """
     model, stage = learner.model, assignment.stage
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimisers = Optimisers(model, stage.optimiser)
-    if optimiser_state:
-        optimisers.load(optimiser_state)
-    examples: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
-    sums: dict[str, Term] = {}
-    trained: set[str] = set()
+    optimisers.load(optimiser_state or {})
+    optimisers.start_from(second_moments or {})
+    done = _Work()
     model.train()
     model.skips_padding = True
     for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
@@ -153,18 +196,46 @@ def train(
             terms = learner.terms(batch, chance)
             loss = learner.loss(terms)
         loss.backward()
-        trained.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+        pull(model, before, stage.optimiser.proximal)
+        done.count(model, batch, terms)
         optimisers.step((step + 1) / assignment.num_stage_steps)
-        for stream, count in batch.counts().items():
-            examples[stream] += count
-        for name, term in terms.items():
-            kept = Term(term.total.detach(), term.weight)
-            sums[name] = sums[name] + kept if name in sums else kept
         if on_step is not None:
             on_step(step)
-    deltas = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters() if name in trained}
-    metrics = {f"{name}/loss": (float(term.total), float(term.weight)) for name, term in sums.items()}
-    return Update(assignment.site, deltas, examples, stage.local_steps, metrics), optimisers.state()
+    deltas = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters() if name in done.trained}
+    moments = optimisers.second_moments(done.trained) if stage.optimiser.second_moment == "aggregated" else {}
+    update = Update(assignment.site, deltas, done.examples, stage.local_steps, done.metrics(), moments)
+    return update, optimisers.state()
+
+
+class _Work:
+    """What a round's steps add up to: parameters with a gradient, studies and losses."""
+
+    def __init__(self) -> None:
+        self.trained: set[str] = set()
+        self.examples: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+        self._sums: dict[str, Term] = {}
+
+    def count(self, model: nn.Module, batch: Batch, terms: Mapping[str, Term]) -> None:
+        """Add a step, while its gradients are there."""
+        self.trained.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
+        for stream, count in batch.counts().items():
+            self.examples[stream] += count
+        for name, term in terms.items():
+            kept = Term(term.total.detach(), term.weight)
+            self._sums[name] = self._sums[name] + kept if name in self._sums else kept
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Losses as (sum, weight)."""
+        return {f"{name}/loss": (float(term.total), float(term.weight)) for name, term in self._sums.items()}
+
+
+def pull(model: nn.Module, start: Mapping[str, Tensor], strength: float) -> None:
+    """Add the gradient of FedProx's term, strength / 2 |w - start|^2 (1812.06127), where a loss has left a gradient."""
+    if strength == 0:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - start[name], alpha=strength)
 
 
 def _kinds(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -150,6 +150,16 @@ def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
         raise UpdateError("update holds metrics that are not finite")
 
 
+def mean_metrics(sums: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means over sites of metrics kept as (sum, weight); a site without the metric is left out, not averaged in as zero."""
+    added: dict[str, tuple[float, float]] = {}
+    for metrics in sums:
+        for name, (total, weight) in metrics.items():
+            old = added.get(name, (0.0, 0.0))
+            added[name] = (old[0] + total, old[1] + weight)
+    return {name: total / weight for name, (total, weight) in added.items() if weight > 0}
+
+
 def typed(values: Mapping[str, object], key: str, kind: type[Kind]) -> Kind:
     """The value of a received field, which must be there and of exactly this type; raises UpdateError otherwise."""
     value = values.get(key)
@@ -164,8 +174,21 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     for name in sorted(parameters):
         value = parameters[name].detach().cpu().contiguous()
         seen.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())  # else [2, 3] and [3, 2] would be one model
-        seen.update(value.numpy().tobytes())
+        seen.update(value.numpy().reshape(-1).view("uint8").data)
     return seen.hexdigest()
+
+
+def digests(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """The digest of every parameter group."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in parameters.items():
+        groups.setdefault(group_of(name), {})[name] = value
+    return {group: digest(members) for group, members in groups.items()}
+
+
+def base_of(groups: Mapping[str, str]) -> str:
+    """The identity of what a site trains from: SHA-256 over its groups' digests, in name order."""
+    return hashlib.sha256("".join(f"{group} {groups[group]}\n" for group in sorted(groups)).encode()).hexdigest()
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

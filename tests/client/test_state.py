@@ -1,88 +1,209 @@
-"""Optimiser moments on a site's disk, one file a round."""
+"""What a site keeps on its disk: moments and residuals, one file a round, and the parameters it received last."""
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from client.state import NUM_KEPT, OptimiserStore
+from client import state as state_module
+from client.state import NUM_KEPT, Memory, SiteState
 from fedmix.errors import RunError
 
 
-def moments(number: float) -> dict[str, torch.Tensor]:
-    return {"adamw/a/exp_avg": torch.full((3, 2), number), "adamw/a/step": torch.tensor(number)}
+def memory(number: float) -> Memory:
+    return Memory(
+        moments={"adamw/a/exp_avg": torch.full((3, 2), number), "adamw/a/step": torch.tensor(number)},
+        residual={"a": torch.full((3, 2), -number)},
+    )
 
 
-def saved(folder: Path, *rounds: int) -> OptimiserStore:
-    store = OptimiserStore(folder, "run-1")
+def saved(folder: Path, *rounds: int) -> SiteState:
+    state = SiteState(folder, "run-1")
     for number in rounds:
-        store.save(number, moments(float(number)))
-    return store
+        state.save(number, memory(float(number)))
+    return state
 
 
-def number_of(state: dict[str, torch.Tensor] | None) -> float | None:
-    return None if state is None else float(state["adamw/a/step"])
+def number_of(found: Memory) -> float | None:
+    return float(found.moments["adamw/a/step"]) if found.moments else None
 
 
-def test_moments_come_back_to_the_bit(tmp_path: Path) -> None:
-    found = saved(tmp_path, 1).before(2, since=1)
-    assert found is not None
-    assert {name: value.tolist() for name, value in found.items()} == {
-        name: value.tolist() for name, value in moments(1.0).items()
-    }
+def residual_of(found: Memory) -> float | None:
+    return -float(found.residual["a"][0, 0]) if found.residual else None
 
 
-def test_a_round_finds_the_state_after_the_round_before_it(tmp_path: Path) -> None:
-    store = saved(tmp_path, 1, 2, 3)
-    assert [number_of(store.before(number, since=1)) for number in (1, 2, 3, 4, 9)] == [None, 1.0, 2.0, 3.0, 3.0]
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in tensors.items()}
+
+
+def test_moments_and_residual_come_back_to_the_bit(tmp_path: Path) -> None:
+    found = saved(tmp_path, 1).before(2, stage_began=1)
+    assert bits(found.moments) == bits(memory(1.0).moments)
+    assert bits(found.residual) == bits(memory(1.0).residual)
+
+
+def test_a_round_finds_what_the_round_before_it_left(tmp_path: Path) -> None:
+    state = saved(tmp_path, 1, 2, 3)
+    found = [state.before(number, stage_began=1) for number in (1, 2, 3, 4, 9)]
+    assert [number_of(one) for one in found] == [None, 1.0, 2.0, 3.0, 3.0]
+    assert [residual_of(one) for one in found] == [None, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_site_that_missed_a_round_goes_on_from_its_last_one(tmp_path: Path) -> None:
-    assert number_of(saved(tmp_path, 1, 3).before(3, since=1)) == 1.0
+    assert number_of(saved(tmp_path, 1, 3).before(3, stage_began=1)) == 1.0
 
 
-def test_moments_of_another_stage_are_not_taken_up(tmp_path: Path) -> None:
-    assert saved(tmp_path, 1, 2).before(4, since=3) is None
+def test_another_stage_takes_up_the_residual_and_not_the_moments(tmp_path: Path) -> None:
+    found = saved(tmp_path, 1, 2).before(4, stage_began=3)
+    assert (number_of(found), residual_of(found)) == (None, 2.0)
 
 
 def test_a_repeated_round_drops_what_came_of_the_lost_one(tmp_path: Path) -> None:
-    store = saved(tmp_path, 1, 2, 3)
-    store.save(2, moments(20.0))
-    assert number_of(store.before(9, since=1)) == 20.0
+    state = saved(tmp_path, 1, 2, 3)
+    state.save(2, memory(20.0))
+    found = state.before(9, stage_began=1)
+    assert (number_of(found), residual_of(found)) == (20.0, 20.0)
 
 
 def test_enough_is_kept_for_a_server_that_falls_back_one_checkpoint(tmp_path: Path) -> None:
     # The server had committed 4 and its checkpoint is damaged; this site has finished 5. Round 4 is repeated, from 3.
-    store = saved(tmp_path, 1, 2, 3, 4, 5)
-    assert number_of(store.before(4, since=1)) == 3.0
+    state = saved(tmp_path, 1, 2, 3, 4, 5)
+    assert number_of(state.before(4, stage_began=1)) == 3.0
     assert len(list(tmp_path.rglob("*.safetensors"))) == NUM_KEPT == 3
 
 
+def test_nothing_to_keep_leaves_no_file(tmp_path: Path) -> None:
+    SiteState(tmp_path, "run-1").save(1, Memory())
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_runs_do_not_see_each_other(tmp_path: Path) -> None:
-    saved(tmp_path, 1)
-    assert OptimiserStore(tmp_path, "run-2").before(2, since=1) is None
+    saved(tmp_path, 1).keep_received({"a": torch.ones(2)})
+    other = SiteState(tmp_path, "run-2")
+    assert other.before(2, stage_began=1) == Memory()
+    assert other.received() == {}
 
 
 def test_a_file_cut_short_by_a_kill_is_not_read(tmp_path: Path) -> None:
-    store = saved(tmp_path, 1)
+    state = saved(tmp_path, 1)
     (tmp_path / "run-1" / "round-00002.partial").write_bytes(b"half")
-    assert number_of(store.before(3, since=1)) == 1.0
+    assert number_of(state.before(3, stage_began=1)) == 1.0
 
 
 def test_a_damaged_state_is_said_without_its_path(tmp_path: Path) -> None:
-    store = saved(tmp_path, 1)
+    state = saved(tmp_path, 1)
     (tmp_path / "run-1" / "round-00001.safetensors").write_bytes(b"half")
     with pytest.raises(RunError, match="optimiser state kept at this site cannot be read") as caught:
-        store.before(2, since=1)
+        state.before(2, stage_began=1)
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_state_folder_that_cannot_be_written_is_said_without_its_path(tmp_path: Path) -> None:
+# ---- the parameters received last
+
+
+def test_received_parameters_come_back_to_the_bit_and_only_the_last(tmp_path: Path) -> None:
+    state = SiteState(tmp_path, "run-1")
+    assert state.received() == {}
+    for seed in (1, 2):
+        last = {"a": torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), "b": torch.tensor(float(seed))}
+        state.keep_received(last)
+    assert bits(state.received()) == bits(last)
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["received.safetensors"]
+
+
+def test_parameters_read_before_they_were_replaced_stay_as_they_were(tmp_path: Path) -> None:
+    """They are mapped from the file, which must therefore be replaced and never written over."""
+    state = SiteState(tmp_path, "run-1")
+    state.keep_received({"a": torch.ones(1000)})
+    before = state.received()["a"]
+    state.keep_received({"a": torch.zeros(1000)})
+    assert float(before.sum()) == 1000.0
+
+
+def test_received_parameters_are_no_round_s_state(tmp_path: Path) -> None:
+    state = saved(tmp_path, 1)
+    state.keep_received({"a": torch.ones(2)})
+    state.save(2, memory(2.0))
+    assert number_of(state.before(3, stage_began=1)) == 2.0
+    assert set(state.received()) == {"a"}
+
+
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+def test_unreadable_parameters_count_as_none(damage: bytes | None, tmp_path: Path) -> None:
+    state = SiteState(tmp_path, "run-1")
+    state.keep_received({"a": torch.ones(2)})
+    path = tmp_path / "run-1" / "received.safetensors"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    assert state.received() == {}
+
+
+# ---- a disk that fails
+
+
+def test_a_state_folder_that_is_none_is_said_without_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        RunError, match=r"cannot be kept at this site: Not a directory; make room in its state folder"
-    ) as caught:
-        OptimiserStore(tmp_path / "file", "run-1").save(1, moments(1.0))
-    assert str(tmp_path) not in str(caught.value)
+    state = SiteState(tmp_path / "file", "run-1")
+    with pytest.raises(RunError) as caught:
+        state.save(1, memory(1.0))
+    assert str(caught.value) == (
+        "the optimiser state cannot be kept at this site: Not a directory; let the agent write to its state folder"
+    )
+    with pytest.raises(RunError) as caught:
+        state.keep_received({"a": torch.ones(2)})
+    assert str(caught.value) == (
+        "the server's parameters cannot be kept at this site: Not a directory; let the agent write to its state folder"
+    )
+
+
+def test_a_full_disk_is_said_without_its_path_and_the_last_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = saved(tmp_path, 1)
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(RunError) as caught:
+        state.save(2, memory(2.0))
+    assert str(caught.value) == (
+        "the optimiser state cannot be kept at this site: No space left on device; make room in its state folder"
+    )
+    assert number_of(state.before(3, stage_began=1)) == 1.0
+
+
+def test_a_file_that_outgrows_its_limit_is_said_without_its_path(tmp_path: Path) -> None:
+    """A real failure to write, as safetensors words it: the system's number is inside its text."""
+    state = saved(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunError) as caught:
+            state.save(2, Memory({"adamw/a/exp_avg": torch.zeros(1000)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == (
+        "the optimiser state cannot be kept at this site: File too large; let the agent write to its state folder"
+    )
+    assert number_of(state.before(3, stage_began=1)) == 1.0
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    """Safetensors writes to a file of its own making first; without this every kill would leave one of the state's size."""
+    state = saved(tmp_path, 1)
+    (tmp_path / "run-1" / ".tmpLrSfA6").write_bytes(b"half")
+    (tmp_path / "run-1" / "received.partial").write_bytes(b"half")
+    state.save(2, memory(2.0))
+    assert sorted(path.name for path in (tmp_path / "run-1").iterdir()) == [
+        "round-00001.safetensors",
+        "round-00002.safetensors",
+    ]

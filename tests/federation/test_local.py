@@ -11,7 +11,17 @@ from torch import Tensor
 from fedmix import config
 from fedmix.batch import Batch
 from fedmix.errors import RunError, UpdateError
-from fedmix.federation.local import Assignment, Optimisers, OptimiserState, arithmetic, cosine, seed_of, sum_metrics, train
+from fedmix.federation.local import (
+    Assignment,
+    Optimisers,
+    OptimiserState,
+    arithmetic,
+    cosine,
+    pull,
+    seed_of,
+    sum_metrics,
+    train,
+)
 from fedmix.federation.update import REACHED_BY, Update, check, group_of, tower_of
 from fedmix.objectives.mixture import Learner
 
@@ -254,6 +264,164 @@ def test_gradient_that_is_not_finite_stops_training_before_the_model_moves(poiso
         train(learner, Fresh("iii"), order(stage()))
     for name, value in learner.model.named_parameters():
         torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+
+
+# ---- FedProx
+
+
+def test_proximal_gradient_is_autograds_of_the_proximal_term() -> None:
+    net, chance = tiny.model(), tiny.generator(4)
+    start = {name: value + 0.1 * torch.randn(value.shape, generator=chance) for name, value in tiny.parameters_of(net).items()}
+    tiny.image_pass(net).backward()
+    tiny_loss = {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
+    pull(net, start, 0.3)
+    found = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+    assert set(found) == set(tiny_loss) < set(start)
+    proximal = sum(0.15 * (parameter - start[name]).square().sum() for name, parameter in net.named_parameters())
+    for parameter, expected in zip(net.parameters(), torch.autograd.grad(proximal, list(net.parameters())), strict=True):
+        name = next(one for one, other in net.named_parameters() if other is parameter)
+        if name in found:
+            torch.testing.assert_close(found[name], tiny_loss[name] + expected)
+
+
+def test_proximal_term_keeps_a_site_nearer_to_the_start() -> None:
+    lengths = []
+    for strength in (0.0, 10.0):
+        update, _ = train(tiny.learner(**EVERYTHING), Same("pppp"), order(stage(steps=15, kind="adamw", proximal=strength)))
+        lengths.append(sum(float(delta.square().sum()) for delta in update.deltas.values()))
+    assert lengths[1] < 0.7 * lengths[0]
+
+
+def test_proximal_term_comes_before_clipping() -> None:
+    """However strong it is, no step's gradient is longer than the clip norm, and so neither is their running mean."""
+    _, _, state = run("pppp", stage(steps=3, kind="adamw", proximal=1e6, clip_norm=0.5))
+    means = [value for key, value in state.items() if key.endswith("/exp_avg")]
+    assert math.sqrt(sum(float(value.square().sum()) for value in means)) <= 0.5
+
+
+def test_proximal_term_of_the_first_step_is_zero() -> None:
+    """At the round's start there is nothing to pull back from, so one step is the same to the bit."""
+    one, other = (run("itpp", stage(steps=1, proximal=strength))[1] for strength in (0.0, 5.0))
+    assert all(torch.equal(one.deltas[name], other.deltas[name]) for name in one.deltas)
+
+
+@BOTH_KINDS
+def test_proximal_term_leaves_untouched_parameters_alone(kind: str) -> None:
+    _, update, state = run("iii", stage(kind=kind, proximal=1.0))
+    assert {group_of(name) for name in update.deltas}.isdisjoint({"text.embedding", "block0.text", "pair.projection"})
+    assert {key.split("/")[1] for key in state} == set(update.deltas)
+
+
+# ---- aggregated second moments
+
+
+def test_update_tells_the_bias_corrected_mean_of_its_second_moments() -> None:
+    """After one step v is (1 - beta2) g^2, and corrected g^2; g here is as it was after clipping."""
+    plan = stage(steps=1, kind="adamw", second_moment="aggregated")
+    _, update, state = run("iii", plan)
+    assert set(update.second_moments) == set(update.deltas)
+    for name, mean in update.second_moments.items():
+        assert mean == pytest.approx(state[f"adamw/{name}/exp_avg_sq"].double().mean().item() / 0.02, rel=1e-6)
+        gradient = state[f"adamw/{name}/exp_avg"].double() / 0.1
+        assert mean == pytest.approx(gradient.square().mean().item(), rel=1e-4)
+
+
+def test_second_moments_stay_at_home_unless_the_stage_aggregates_them() -> None:
+    assert run("iii", stage())[1].second_moments == {}
+
+
+def test_muons_matrices_have_no_second_moment_to_tell() -> None:
+    _, update, state = run("iii", stage(second_moment="aggregated"))
+    assert set(update.second_moments) == {key.split("/")[1] for key in state if key.startswith("adamw/")}
+
+
+def test_second_moments_of_parameters_not_trained_this_round_are_not_told() -> None:
+    plan = stage(steps=2, kind="adamw", second_moment="aggregated")
+    learner, _, state = run("pppp", plan)
+    update, _ = train(learner, Fresh("iii"), order(plan), optimiser_state=state)
+    assert set(update.second_moments) == set(update.deltas)
+
+
+def test_adamw_starting_from_a_second_moment_divides_by_it_uncorrected() -> None:
+    """One step from mean v, no m: v' = .98 v + .02 g^2 and m' = .1 g, so the step is lr .1 g / root v'."""
+    net, plan = tiny.model(), config.Optimiser(kind="adamw", lr=1e-3, weight_decay=0.0, warmup=0.0, clip_norm=1e9)
+    before = tiny.parameters_of(net)
+    optimisers = Optimisers(net, plan)
+    optimisers.start_from(dict.fromkeys(before, 4.0))
+    gradients(net, 0)
+    expected = {}
+    for name, parameter in net.named_parameters():
+        gradient = parameter.grad
+        expected[name] = before[name] - 1e-3 * 0.1 * gradient / (0.98 * 4.0 + 0.02 * gradient.square()).sqrt()
+    optimisers.step(0.0)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_kept_first_moments_go_on_as_large_as_they_were() -> None:
+    """After two steps m is biased by 1 - .9^2; started anew, its corrected value must be the same."""
+    net, plan = tiny.model(), config.Optimiser(kind="adamw", clip_norm=1e9)
+    first = Optimisers(net, plan)
+    for step in range(2):
+        gradients(net, step)
+        first.step(0.1)
+    kept = {name: value.clone() for name, value in first.state().items()}
+    second = Optimisers(net, plan)
+    second.load(kept)
+    second.start_from(dict.fromkeys(tiny.parameters_of(net), 1.0))
+    gradients(net, 2)
+    gradient = net.word_head.logits.bias.grad.clone()
+    second.step(0.2)
+    corrected = kept["adamw/word_head.logits.bias/exp_avg"] / (1 - 0.9**2)
+    found = second.state()["adamw/word_head.logits.bias/exp_avg"]
+    torch.testing.assert_close(found, 0.9 * corrected + 0.1 * gradient)
+
+
+def test_starting_from_second_moments_neither_shrinks_nor_blows_up_the_round() -> None:
+    """A second round that starts from the sites' mean moves about as far as one that starts from its own moments."""
+    plan = stage(rounds=2, steps=20, kind="adamw", second_moment="aggregated")
+    lengths = {}
+    for kind in ("own", "aggregated"):
+        learner = tiny.learner(**EVERYTHING)
+        update, state = train(learner, Fresh("itpp"), order(plan))
+        means = update.second_moments if kind == "aggregated" else None
+        update, _ = train(learner, Fresh("itpp"), order(plan, first_step=20), optimiser_state=state, second_moments=means)
+        lengths[kind] = math.sqrt(sum(float(delta.square().sum()) for delta in update.deltas.values()))
+    assert 0.5 < lengths["aggregated"] / lengths["own"] < 2.0
+
+
+def test_second_moments_of_what_no_loss_reaches_make_no_moments() -> None:
+    """A state for it would let decay move it in a later round."""
+    learner, plan = tiny.learner(**EVERYTHING), stage(kind="adamw", second_moment="aggregated")
+    before = tiny.parameters_of(learner.model)
+    update, state = train(learner, Fresh("iii"), order(plan), second_moments=dict.fromkeys(before, 1e-6))
+    assert {key.split("/")[1] for key in state} == set(update.deltas) < set(before)
+    assert all(
+        torch.equal(value, before[name]) for name, value in learner.model.named_parameters() if name not in update.deltas
+    )
+
+
+def test_second_moment_of_zero_is_not_started_from() -> None:
+    names = tiny.parameters_of(tiny.model())
+    plan = stage(kind="adamw", second_moment="aggregated")
+    zero, _ = train(tiny.learner(**EVERYTHING), Fresh("iii"), order(plan), second_moments=dict.fromkeys(names, 0.0))
+    none, _ = train(tiny.learner(**EVERYTHING), Fresh("iii"), order(plan))
+    assert all(torch.equal(zero.deltas[name], none.deltas[name]) for name in none.deltas)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        {"no.such.parameter": 1.0},
+        {"blocks.0.attention.qkv.weight": 1.0},  # Muon's
+        {"word_head.logits.bias": -1.0},
+        {"word_head.logits.bias": float("nan")},
+        {"word_head.logits.bias": float("inf")},
+    ],
+)
+def test_second_moments_that_do_not_fit_are_refused(moments: dict[str, float]) -> None:
+    with pytest.raises(RunError, match="should be positive numbers of parameters that AdamW trains here"):
+        Optimisers(tiny.model(), config.Optimiser()).start_from(moments)
 
 
 # ---- the learning rate

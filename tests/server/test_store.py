@@ -29,7 +29,14 @@ def experiment(folder: Path, **changes: object) -> config.Experiment:
 def committed(round_number: int) -> Committed:
     generator = torch.Generator().manual_seed(round_number)
     parameters = {"a.weight": torch.randn(40, 30, generator=generator), "b": torch.tensor(float(round_number))}
-    return Committed(round_number, parameters, {"a.weight": torch.full((40, 30), 0.5)}, {"bytes_up/north": 7.0 * round_number})
+    return Committed(
+        round_number,
+        parameters,
+        {"velocity/a.weight": torch.full((40, 30), 0.5)},
+        {"bytes_up/north": 7.0 * round_number},
+        {"strikes": {"north": round_number}},
+        {"a.weight": 0.25},
+    )
 
 
 def run_of(folder: Path, rounds: int) -> RunStore:
@@ -55,8 +62,9 @@ def test_a_committed_round_is_read_back_to_the_bit(tmp_path: Path) -> None:
     assert found is not None
     assert found.round_number == 3
     assert digest(found.parameters) == digest(committed(3).parameters)
-    assert digest(found.velocity) == digest(committed(3).velocity)
+    assert digest(found.outer) == digest(committed(3).outer)
     assert found.totals["bytes_up/north"] == 21.0
+    assert (found.screening, found.second_moments) == (committed(3).screening, committed(3).second_moments)
     assert found.parameters["b"].shape == ()
 
 
@@ -86,7 +94,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
-@pytest.mark.parametrize("member", ["model.safetensors", "velocity.safetensors"])
+@pytest.mark.parametrize("member", ["model.safetensors", "outer.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage: Callable[[Path], None], member: str, tmp_path: Path
 ) -> None:
@@ -130,7 +138,7 @@ def test_a_checkpoint_cut_short_by_a_kill_is_ignored_and_removed(tmp_path: Path)
     assert checkpoints(tmp_path) == ["round-00001", "round-00002"]
 
 
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("moment", range(13))
 def test_commit_is_all_or_nothing_wherever_it_is_cut_short(
     moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +175,7 @@ def test_commit_is_all_or_nothing_wherever_it_is_cut_short(
     assert found is not None
     assert found.round_number in ((3,) if finished else (2, 3))
     assert digest(found.parameters) == digest(committed(found.round_number).parameters)
-    assert finished == (moment >= 10)
+    assert finished == (moment >= 11)
 
 
 def test_a_full_disk_is_one_sentence_and_the_round_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""Who takes part: which node is which site, what it registered, which sites a round asks, and what they already hold."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Collection, Mapping
+
+from flwr.serverapp import Grid
+
+from fedmix import config
+from fedmix.batch import STREAMS
+from fedmix.errors import RunError, UpdateError
+from fedmix.federation.local import seed_of
+from server import messages
+
+POLL_S = 0.05
+GREETING_DEADLINE_S = 120.0
+
+
+class Roster:
+    """The sites of an experiment behind a Grid. Nodes that are none of them are never sent anything but the greeting."""
+
+    def __init__(self, grid: Grid, experiment: config.Experiment) -> None:
+        self._grid, self._experiment = grid, experiment
+        self._fingerprint = experiment.fingerprint()
+        self.nodes: dict[str, int] = {}
+        self.studies: dict[str, int] = {}
+        self._held: dict[str, dict[str, str]] = {}  # site -> group -> digest
+
+    def greet(self) -> None:
+        """Learn which node is which site; every site of the experiment must be there and run the same experiment."""
+        asked = [messages.query(node_id) for node_id in self._wait_for_nodes()]
+        # A site reads its whole shard before it answers, so it has at least as long as for a round.
+        deadline_s = max(GREETING_DEADLINE_S, self._experiment.federation.deadline_s)
+        wanted = {site.name for site in self._experiment.data.sites}
+        for answer in self._grid.send_and_receive(asked, timeout=deadline_s):
+            try:
+                greeting = messages.read_greeting(answer)
+            except UpdateError as error:
+                raise RunError(str(error)) from None
+            if greeting.site not in wanted:
+                continue
+            if greeting.fingerprint != self._fingerprint:
+                raise RunError(
+                    f"site {greeting.site} was given another experiment (fingerprints differ); hand every site the same config"
+                )
+            if greeting.site in self.nodes:
+                raise RunError(f"two nodes answer as site {greeting.site}; stop one of its agents")
+            self.nodes[greeting.site] = greeting.node_id
+            self.studies[greeting.site] = greeting.studies
+        missing = [site.name for site in self._experiment.data.sites if site.name not in self.nodes]
+        if missing:
+            raise RunError(f"no node answered for {', '.join(missing)}; start their agents, or take them out of data.sites")
+
+    def chosen(self, stage: config.Stage, round_number: int, excluded: Collection[str]) -> list[config.Site]:
+        """The sites that a round asks: of each stream the share ``federation.participation``, at least one.
+
+        Which ones follows from seed and round, so a resumed round asks the same. ``excluded`` are never asked.
+        """
+        able = [site for site in config.sites_of(stage, self._experiment.data.sites) if site.name not in excluded]
+        names: set[str] = set()
+        for stream in STREAMS:
+            of_stream = sorted(site.name for site in able if site.stream == stream)
+            number = math.ceil(self._experiment.federation.participation * len(of_stream))
+            draw = random.Random(seed_of(self._experiment.seed, "sites of a round", round_number, stream))
+            names.update(draw.sample(of_stream, number))
+        return [site for site in able if site.name in names]
+
+    def lacks(self, site: str, groups: Mapping[str, str]) -> frozenset[str]:
+        """The groups that the site is not known to hold in just this state, and has to be sent."""
+        held = self._held.get(site, {})
+        return frozenset(group for group, digest in groups.items() if held.get(group) != digest)
+
+    def holds(self, site: str, groups: Mapping[str, str]) -> None:
+        """A site has answered an order over these groups, so it has them."""
+        self._held.setdefault(site, {}).update(groups)
+
+    def forget(self, site: str) -> None:
+        """A site has lost what it held."""
+        self._held.pop(site, None)
+
+    def _wait_for_nodes(self) -> list[int]:
+        deadline = time.monotonic() + GREETING_DEADLINE_S
+        while len(nodes := list(self._grid.get_node_ids())) < len(self._experiment.data.sites):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{len(nodes)} of {len(self._experiment.data.sites)} nodes came within {GREETING_DEADLINE_S:.0f} s"
+                )
+            time.sleep(POLL_S)
+        return nodes
