@@ -67,7 +67,7 @@ class SiteState:
         tensors = dict(memory.moments) | {RESIDUAL + name: value for name, value in memory.residual.items()}
         if not tensors:
             return
-        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors")
+        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors", flush=True)
         files = self._files()
         later = [path for path in files if _round(path) > round_number]
         for stale in later + files[: len(files) - len(later)][:-NUM_KEPT]:
@@ -82,19 +82,22 @@ class SiteState:
 
     def keep_received(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep parameters, so that the next order need not carry those that have not changed."""
-        self._keep("the server's parameters", parameters, self._received)
+        # What a power failure tears is found by its hash and sent again, so the disk is not waited for.
+        self._keep("the server's parameters", parameters, self._received, flush=False)
 
-    def _keep(self, what: str, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Write a file that is there whole or not at all, even if the power fails: two flushes, however many tensors."""
+    def _keep(self, what: str, tensors: Mapping[str, Tensor], path: Path, *, flush: bool) -> None:
+        """Write a file that is there whole or not at all; flushed, even if the power fails."""
         partial = path.with_suffix(".partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for torn in (*self._folder.glob("*.partial"), *self._folder.glob(".tmp*")):  # safetensors' own, if it was killed
                 torn.unlink()
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-            _flush(partial)
+            if flush:
+                _flush(partial)
             os.replace(partial, path)
-            _flush(self._folder)
+            if flush:
+                _flush(self._folder)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{what} cannot be kept at this site: {_cause(error)}") from None
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -115,8 +115,15 @@ def simulate(
         from fedmix.report.summary import read_report
         from fedmix.report.terminal import LiveView, final_table
         from simulations.run import simulate as run
+        from simulations.study import run_study
 
     folder = out or Path("runs") / experiment.name
+    if experiment.study is not None:
+        with LiveView(out_console) as live:
+            page = run_study(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
+        _show_studies([folder])
+        out_console.print(Text(f"report: {page}"), soft_wrap=True)
+        return
     with LiveView(out_console) as live:
         page = run(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
     report = read_report(folder)
@@ -303,50 +310,75 @@ def _headline(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str,
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/demo")]) -> None:
-    """Write report.html of a run anew from what its folder holds.
+    """Write report.html of a run (compare.html of a study) anew from what its folder holds.
 
     Example:  fedmix report runs/demo
     """
-    from fedmix.report.html import write_report
+    from fedmix.report.html import write_report, write_study
+    from fedmix.report.study import is_study, read_study
 
-    out_console.print(Text(str(write_report(run))), soft_wrap=True)
+    page = write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)
+    out_console.print(Text(str(page)), soft_wrap=True)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
-    out: Annotated[Path | None, typer.Option(help="also write the table, as .md or .html")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of studies")],
+    out: Annotated[Path | None, typer.Option(help="also write it, as .md or .html with drawings")] = None,
 ) -> None:
-    """Put runs side by side.
+    """Put runs side by side, or the methods of a study, with intervals over its seeds; an unfinished study too.
 
-    Example:  fedmix compare runs/demo runs/wide --out comparison.html
+    Example:  fedmix compare runs/compare --out comparison.html
     """
-    from fedmix.report.html import write_comparison
+    from fedmix.report.html import write_comparison, write_study
     from fedmix.report.measures import compare_table
+    from fedmix.report.study import is_study, read_study
     from fedmix.report.summary import read_report
     from fedmix.report.terminal import grid_table
 
-    reports = [read_report(run) for run in runs]
-    out_console.print(grid_table(compare_table(reports), "run"))
-    if out is not None:
-        out_console.print(Text(str(write_comparison(out, reports))), soft_wrap=True)
+    are_studies = [is_study(run) for run in runs]
+    if any(are_studies) and not all(are_studies):
+        raise ConfigError("some of these folders hold a study and some a single run; compare studies, or runs")
+    if all(are_studies):
+        _show_studies(runs)
+        page = None if out is None else write_study(out, [read_study(run) for run in runs])
+    else:
+        reports = [read_report(run) for run in runs]
+        out_console.print(grid_table(compare_table(reports), "run"))
+        page = None if out is None else write_comparison(out, reports)
+    if page is not None:
+        out_console.print(Text(str(page)), soft_wrap=True)
+
+
+def _show_studies(folders: Sequence[Path]) -> None:
+    from fedmix.report.comparison import compared
+    from fedmix.report.study import read_study
+    from fedmix.report.study_terminal import study_tables
+
+    for folder in folders:
+        for part in study_tables(compared(read_study(folder)), out_console.width):
+            out_console.print(part)
 
 
 @app.command()
 def bench(
     name: Annotated[str | None, typer.Argument(help="one bench; all if left out")] = None,
+    case: Annotated[str | None, typer.Option(help="one case of it; all if left out")] = None,
 ) -> None:
     """Measure speed as ratios side by side in one run, one JSON line a case.
 
-    Example:  fedmix bench federation
+    Example:  fedmix bench federation --case overhead
     """
-    from simulations.bench import BENCHES
+    from simulations.bench.cases import BENCHES
 
     if name is not None and name not in BENCHES:
         raise ConfigError(f"no bench {name!r}; there are {', '.join(BENCHES)}")
-    for chosen in [name] if name else list(BENCHES):
-        for line in BENCHES[chosen]():
-            sys.stdout.write(json.dumps(line) + "\n")
+    chosen = {each: cases for each, cases in BENCHES.items() if name in (None, each) and case in (None, *cases)}
+    if not chosen:
+        raise ConfigError(f"no case {case!r}; there are {', '.join(one for cases in BENCHES.values() for one in cases)}")
+    for cases in chosen.values():
+        for measure in [cases[case]] if case else cases.values():
+            sys.stdout.write(json.dumps(measure()) + "\n")
             sys.stdout.flush()
 
 

@@ -29,6 +29,8 @@ from server.roster import POLL_S, Roster
 from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
 
+MAX_DIAGNOSED = 32  # sites
+
 Watch = Callable[[Mapping[str, Any]], None]
 
 
@@ -159,7 +161,9 @@ class RoundLoop:
         """Order the round's sites to train, by message id; sites that are sent the same share one content."""
         contents: dict[tuple[str, frozenset[str]], tuple[RecordDict, int]] = {}
         waiting: dict[str, Sent] = {}
-        for site in self._roster.chosen(current.stage, current.number, screen.struck_out()):
+        struck_out = screen.struck_out() & {site.name for site in config.sites_of(current.stage, self._experiment.data.sites)}
+        current.failures |= dict.fromkeys(struck_out, "refused too often, so it is not asked again in this run")
+        for site in self._roster.chosen(current.stage, current.number, struck_out):
             order = self._order(site, current, committed.parameters)
             lacking = self._roster.lacks(site.name, order.groups)
             key = (site.stream, lacking)
@@ -309,6 +313,9 @@ class RoundLoop:
         return parameters, outer, squared**0.5
 
     def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:
+        """What the updates looked like beside each other; not of a crowd, whose numbers nobody would read."""
+        if len(updates) > MAX_DIAGNOSED:
+            return
         weights = weights_of(updates, self._experiment.aggregation)
         shapes = {name: shape for update in updates for name, shape in update.shapes.items()}
         self._say("aggregate", current, None, diagnostics.diagnose(updates, shapes, weights))

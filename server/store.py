@@ -257,7 +257,7 @@ def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float, fing
     text = json.dumps(facts)
     (folder / "round.json").write_text(text)
     (folder / "round.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
-    for path in folder.iterdir():
+    for path in (*folder.iterdir(), folder):
         _flush(path)
 
 

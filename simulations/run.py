@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,7 +30,8 @@ from simulations import baselines, engine
 from simulations.partition import prepare_sites
 
 EngineName = Literal["inprocess", "ray"]
-RANDOM_INIT = "random_init"
+OnMethod = Callable[[str], None]
+MAIN = "fedmix"  # what the method of the run itself is called beside its baselines
 
 
 class View(Protocol):
@@ -57,8 +58,16 @@ class Ready:
     view: View
 
 
-def simulate(experiment: config.Experiment, out: Path, *, engine_name: EngineName, resume: bool, view: View) -> Path:
-    """Run an experiment and its baselines; returns the path of report.html.
+def simulate(
+    experiment: config.Experiment,
+    out: Path,
+    *,
+    engine_name: EngineName,
+    resume: bool,
+    view: View,
+    on_method: OnMethod = lambda name: None,
+) -> Path:
+    """Run an experiment and its baselines; returns the path of report.html. ``on_method`` hears what begins, by name.
 
     Raises FedmixError for everything a user can mend; the run folder then says ``failed`` and why. Ctrl-C leaves the run
     ``running``, to be taken up with ``resume``.
@@ -67,10 +76,14 @@ def simulate(experiment: config.Experiment, out: Path, *, engine_name: EngineNam
     try:
         view.say("drawing phantoms and opening shards")
         ready = _prepare(experiment, engine_name, view)
+        on_method(MAIN)
         parameters = _train(experiment, store, ready)
         evaluation = _evaluate(experiment, parameters, ready, store.folder, "the model")
         save_model(store.folder / "model", experiment, parameters, ready.tokenizer)
-        found = {name: _baseline(experiment, name, out, ready) for name in experiment.baselines}
+        found: dict[str, dict[str, Any]] = {}
+        for name in experiment.baselines:
+            on_method(name)
+            found |= _baseline(experiment, name, out / "baselines", ready)
         _write_report(experiment, store, evaluation, found)
         return html.write_report(out)
     except (FedmixError, OSError) as error:
@@ -149,21 +162,41 @@ def _source(experiment: config.Experiment) -> str | None:
     return "public" if experiment.data.held_out.public else None
 
 
-def _baseline(experiment: config.Experiment, name: str, out: Path, ready: Ready) -> dict[str, Any]:
-    """Train what a baseline changes in a run folder of its own, and evaluate it like the main run."""
-    other = config.variant(experiment, name)
-    folder = out / "baselines" / name
-    if name == RANDOM_INIT:
+def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, dict[str, Any]]:
+    """Train what a baseline changes in run folders of its own, and evaluate it like the main run; results by name."""
+    if name == baselines.RANDOM_INIT:
+        other = config.variant(experiment, name)
         parameters = central.parameters_of(central.initial_model(other, ready.tokenizer))
-        return _evaluate(other, parameters, ready, folder, "the untrained model")
-    ready.view.say(f"baseline {name}")
+        return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model")}
     if name in baselines.SPECIAL:
-        kept = _kept_evaluation(other, folder)
-        return kept or _evaluate(other, baselines.SPECIAL[name](other, ready.shards, ready.tokenizer), ready, folder, name)
-    store = _store(folder, other)
-    parameters = _train(other, store, ready)
+        other = config.variant(experiment, name)
+        return {name: _kept_evaluation(other, folder / name) or _pooled(other, name, folder / name, ready)}
+    found = {
+        one: _kept_evaluation(other, folder / one) or _federated(other, one, folder / one, ready)
+        for one, other in baselines.federated(experiment, name).items()
+    }
+    if name in baselines.LOCAL_ONLY:
+        best = baselines.best({one: result["report"] for one, result in found.items()})
+        found[baselines.BEST_SITE] = found[best] | {"site": best, "seconds": 0.0}
+    return found
+
+
+def _pooled(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, Any]:
+    ready.view.say(f"baseline {name}")
+    pooled = baselines.SPECIAL[name](experiment, ready.shards, ready.tokenizer)
+    cost = {"steps": pooled.steps, "examples": pooled.examples, "core_s": pooled.core_s}
+    summary.write_json(folder / "training.json", cost)
+    return _evaluate(experiment, pooled.parameters, ready, folder, name)
+
+
+def _federated(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, Any]:
+    ready.view.say(f"baseline {name}")
+    store = _store(folder, experiment)
+    parameters = _train(experiment, store, ready)
     store.finish("completed")
-    return _evaluate(other, parameters, ready, folder, name)
+    result = _evaluate(experiment, parameters, ready, folder, name)
+    shutil.rmtree(folder / "sites", ignore_errors=True)  # optimiser states: most of the folder, and nothing takes them up
+    return result
 
 
 def _store(folder: Path, experiment: config.Experiment) -> RunStore:
@@ -202,7 +235,7 @@ def _write_report(experiment: config.Experiment, store: RunStore, evaluation: di
         },
         sites=sites,
         evaluation=evaluation["report"],
-        baselines={name: {"evaluation": one["report"]} for name, one in found.items()},
+        baselines={name: _told(one) for name, one in found.items()},
         communication={
             "bytes_up": _sum(totals, "bytes_up/"),
             "bytes_down": _sum(totals, "bytes_down/"),
@@ -218,6 +251,11 @@ def _write_report(experiment: config.Experiment, store: RunStore, evaluation: di
         },
     )
     summary.write_json(store.folder / "report.json", report)
+
+
+def _told(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A baseline's branch of report.json."""
+    return {"evaluation": result["report"]} | ({"site": result["site"]} if "site" in result else {})
 
 
 def _sum(totals: Mapping[str, float], prefix: str) -> int:

@@ -251,6 +251,21 @@ def test_a_folder_that_is_no_run_is_one_sentence(name: str, run: Run, tmp_path: 
     assert "nowhere" in sentence(run(name, "nowhere"))
 
 
+def test_a_study_is_compared_by_its_methods_and_never_with_a_run(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    wanted = values(tmp_path, study={"seeds": [1, 2], "regimes": {"main": {}}})
+    (tmp_path / "study/config.yaml").write_text(yaml.safe_dump(wanted))
+    code, out, err = run("compare", "study", "--out", "page.html")
+    assert (code, err) == (0, "")
+    assert "0 of 2 cells (1 regime, 2 seeds) are complete." in out
+    assert "0 of 2 cells" in (tmp_path / "page.html").read_text()
+    assert run("report", "study")[0] == 0
+    assert (tmp_path / "study/compare.html").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.json").write_text("{}")
+    assert "some of these folders hold a study and some a single run" in sentence(run("compare", "study", "run"))
+
+
 # ---- prepare table
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmix import config
 from fedmix.errors import UpdateError
 from fedmix.federation.robust import clip_factors, middle, num_cut
-from fedmix.federation.slabs import Group, Shapes, Slab, groups_of, norm, read, slabs
+from fedmix.federation.slabs import Group, Shapes, Slab, groups_of, norm, read, slabs, stacked
 from fedmix.federation.update import Contribution, rows_of
 from fedmix.federation.weights import rule_weights, step_factors
 
@@ -106,13 +106,13 @@ def _mean(name: str, slab: Slab, summands: Sequence[Summand]) -> Tensor:
     """The weighted sum; each site's slab is dropped before the next is read."""
     total = torch.zeros(slab.stop - slab.start, slab.right - slab.left, dtype=torch.float64)
     for one in summands:
-        total.add_(read(one.contribution, name, slab), alpha=one.weight * one.factor)
+        total.add_(read(one.contribution, name, slab).double(), alpha=one.weight * one.factor)
     return total
 
 
 def _middle(name: str, slab: Slab, summands: Sequence[Summand], cut: int) -> Tensor:
     """The coordinate-wise rule counts sites alike. It is scaled by the sum of the weights: some rules move a group less."""
-    values_SRC = torch.empty(len(summands), slab.stop - slab.start, slab.right - slab.left, dtype=torch.float64)
+    values_SRC = stacked([one.contribution for one in summands], name, slab)
     for place, one in zip(values_SRC, summands, strict=True):
-        place.copy_(read(one.contribution, name, slab)).mul_(one.factor)
+        place.mul_(one.factor)
     return middle(values_SRC, cut).mul_(sum(one.weight for one in summands))

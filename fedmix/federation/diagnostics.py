@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedmix.batch import STREAMS
-from fedmix.federation.slabs import Group, Shapes, groups_of, read, slabs
+from fedmix.federation.slabs import Group, Shapes, groups_of, read, slabs, stacked
 from fedmix.federation.update import Contribution
 
 MAX_COMPARED = 8  # sites; the pairs grow with the square
@@ -35,11 +35,11 @@ def diagnose(
     trunk_sites: Products = {}
     trunk_streams: Products = {}
     for group in groups_of(contributions).values():
-        weighing = [one for one in group.senders if weights[group.name][one.site] > 0]
-        shares_MS = _shares_of_streams(weighing, weights[group.name])
+        weighing = [one for one in group.senders if weights[group.label][one.site] > 0]
+        shares_MS = _shares_of_streams(weighing, weights[group.label])
         of_sites, of_streams = (_few if len(weighing) <= MAX_COMPARED else _many)(group, weighing, shares_MS, shapes)
-        values |= {f"norm/{group.name}/{one.site}": math.sqrt(of_sites[one.site, one.site]) for one in weighing}
-        values |= _cosines(group.name, of_sites) | _cosines(group.name, of_streams)
+        values |= {f"norm/{group.label}/{one.site}": math.sqrt(of_sites[one.site, one.site]) for one in weighing}
+        values |= _cosines(group.label, of_sites) | _cosines(group.label, of_streams)
         if group.tower == "shared":
             _add(trunk_sites, of_sites)
             _add(trunk_streams, of_streams)
@@ -51,7 +51,7 @@ def _few(group: Group, weighing: Sequence[Contribution], shares_MS: Tensor, shap
     gram_SS = torch.zeros(len(weighing), len(weighing), dtype=torch.float64)
     for name in group.parameters if weighing else ():
         for slab in slabs(shapes[name], len(weighing)):
-            values_SN = torch.stack([read(one, name, slab).flatten() for one in weighing])
+            values_SN = stacked(weighing, name, slab).flatten(start_dim=1)
             gram_SS += values_SN @ values_SN.T
     return _named([one.site for one in weighing], gram_SS), _named(STREAMS, shares_MS @ gram_SS @ shares_MS.T)
 
@@ -64,7 +64,7 @@ def _many(group: Group, weighing: Sequence[Contribution], shares_MS: Tensor, sha
         for slab in slabs(shapes[name], len(STREAMS)):
             sums_MN = torch.zeros(len(STREAMS), (slab.stop - slab.start) * (slab.right - slab.left), dtype=torch.float64)
             for column, one in enumerate(weighing):
-                values_N = read(one, name, slab).flatten()
+                values_N = read(one, name, slab).flatten().double()
                 squares[one.site, one.site] += float(values_N @ values_N)
                 for stream in shares_MS[:, column].nonzero().flatten().tolist():
                     sums_MN[stream].add_(values_N, alpha=float(shares_MS[stream, column]))

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedmix import config
 from fedmix.batch import STREAMS, Batch, Stream, Term
 from fedmix.errors import RunError, UpdateError
-from fedmix.federation.update import Update
+from fedmix.federation.update import Update, group_of
 from fedmix.objectives.mixture import Learner
 
 OptimiserState = dict[str, Tensor]  # "<optimiser>/<parameter>/<moment>" -> tensor
@@ -201,7 +201,11 @@ def train(
         optimisers.step((step + 1) / assignment.num_stage_steps)
         if on_step is not None:
             on_step(step)
-    deltas = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters() if name in done.trained}
+    # A group is sent whole: a report that is only read beside an image skips the last layers of the text expert.
+    groups = {group_of(name) for name in done.trained}
+    deltas = {
+        name: parameter.detach() - before[name] for name, parameter in model.named_parameters() if group_of(name) in groups
+    }
     moments = optimisers.second_moments(done.trained) if stage.optimiser.second_moment == "aggregated" else {}
     update = Update(assignment.site, deltas, done.examples, stage.local_steps, done.metrics(), moments)
     return update, optimisers.state()
@@ -244,13 +248,18 @@ def _kinds(model: nn.Module, *, muon: bool) -> tuple[list[Tensor], list[Tensor],
     tables: list[Tensor] = []
     vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        if muon and parameter.ndim == 2 and "blocks." in name:
+        if muon and is_for_muon(name, parameter.ndim):
             matrices.append(parameter)
         elif parameter.ndim > 1 and not _is_tag(name):
             tables.append(parameter)
         else:
             vectors.append(parameter)
     return matrices, tables, vectors
+
+
+def is_for_muon(name: str, num_dims: int) -> bool:
+    """Whether a parameter is a matrix of the blocks, which Muon trains where it is used."""
+    return num_dims == 2 and "blocks." in name
 
 
 def _is_tag(name: str) -> bool:

@@ -25,9 +25,9 @@ from fedmix import config
 from fedmix.batch import STREAMS, Stream
 from fedmix.errors import UpdateError
 from fedmix.federation.compression import LEVELS, Parts, check_parts, num_kept, parts_of
+from fedmix.federation.local import is_for_muon
+from fedmix.federation.slabs import Shapes, norm
 from fedmix.federation.update import REACHED_BY, Contribution, group_of, rows_of, tower_of
-
-SLAB_VALUES = 1 << 20  # values of an update that are decoded at a time
 
 # AdamW with beta 0.9 and 0.98 (local.py): the mean of gradients over the root of the mean of their squares, both with the
 # weights that the betas give, is by Cauchy and Schwarz at most sqrt(0.1^2 / 0.02 / (1 - 0.9^2 / 0.98)) = 1.70.
@@ -38,7 +38,6 @@ MUON_STEP = 1.30
 # With second moments of other sites, whose gradients may be smaller than this site's, AdamW's ratio has no strict bound.
 AGGREGATED_SLACK = 4.0
 
-Shapes = Mapping[str, Sequence[int]]
 Norms = dict[str, float]  # parameter group -> length of an update
 
 
@@ -89,6 +88,10 @@ def check_second_moments(moments: Mapping[str, float], shapes: Shapes, optimiser
     if unknown:
         raise UpdateError(f"{len(unknown)} second moments are of parameters that the site was not to train")
     for name, value in moments.items():
+        if optimiser.kind == "muon" and is_for_muon(name, len(shapes[name])):
+            raise UpdateError(
+                f"{name}: update holds its second moment, but Muon trains it and has none"
+            )  # sites would refuse it
         most = 1.01 * optimiser.clip_norm**2 / max(math.prod(shapes[name]), 1)  # squares of a gradient sum to clip_norm^2
         if not 0.0 <= value <= most:  # false for NaN as well
             raise UpdateError(f"{name}: mean second moment is {value:.3g}, gradients clipped as asked leave at most {most:.3g}")
@@ -98,7 +101,7 @@ def check_second_moments(moments: Mapping[str, float], shapes: Shapes, optimiser
 
 
 def check_names(names: Collection[str], shapes: Shapes, stream: Stream, wire: config.Wire) -> None:
-    """Refuse an update unless it holds whole rooms of what its stream trains, each parameter with all of its parts.
+    """Refuse an update unless it holds whole groups of what its stream trains, each parameter with all of its parts.
 
     ``names`` are those on the wire, parameter + part; ``shapes`` are the parameters that the site was sent or holds.
     """
@@ -110,11 +113,11 @@ def check_names(names: Collection[str], shapes: Shapes, stream: Stream, wire: co
         raise UpdateError("the update is empty: the site trained no parameter")
     wanted: dict[str, list[str]] = {}
     for name, (parameter, _) in expected.items():
-        wanted.setdefault(_room_of(parameter), []).append(name)
-    for room in {_room_of(expected[name][0]) for name in names}:
-        missing = [name for name in wanted[room] if name not in names]
+        wanted.setdefault(group_of(parameter), []).append(name)
+    for group in sorted({group_of(expected[name][0]) for name in names}):
+        missing = [name for name in wanted[group] if name not in names]
         if missing:
-            raise UpdateError(f"the update holds {room} without {missing[0]}; a site sends all of it or nothing")
+            raise UpdateError(f"the update holds {group} without {missing[0]}; a site sends all of it or nothing")
 
 
 def check_arrays(arrays: Mapping[str, NDArray[Any]], shapes: Shapes, stream: Stream, wire: config.Wire) -> dict[str, Parts]:
@@ -140,20 +143,15 @@ def check_arrays(arrays: Mapping[str, NDArray[Any]], shapes: Shapes, stream: Str
 
 
 def norms_of(update: Contribution, shapes: Shapes) -> Norms:
-    """Length of an update by parameter group, in float64; refuses one that is not finite. Decodes a slab at a time."""
-    squares: dict[str, float] = {}
+    """Length of an update by parameter group; refuses one that is not finite. It is decoded slab by slab."""
+    groups: dict[str, list[str]] = {}
     for name in sorted(update.names()):
-        rows, columns = rows_of(shapes[name])
-        step = max(1, SLAB_VALUES // max(columns, 1))
-        square = 0.0
-        for start in range(0, rows, step):
-            slab = update.rows(name, start, min(start + step, rows))
-            square += float(torch.linalg.vector_norm(slab, dtype=torch.float64)) ** 2
-        if not math.isfinite(square):  # squares of float32 fit into float64
-            raise UpdateError(f"{name}: update holds values that are not finite; lower the learning rate at this site")
-        group = group_of(name)
-        squares[group] = squares.get(group, 0.0) + square
-    return {group: math.sqrt(square) for group, square in squares.items()}
+        groups.setdefault(group_of(name), []).append(name)
+    norms = {group: norm(update, names, shapes) for group, names in groups.items()}
+    for group, length in norms.items():
+        if not math.isfinite(length):  # squares of float32 fit into float64
+            raise UpdateError(f"{group}: update holds values that are not finite; lower the learning rate at this site")
+    return norms
 
 
 # ---- how far steps can lead
@@ -172,7 +170,9 @@ def reach(parameters: Mapping[str, Tensor], stages: Sequence[config.Stage], wire
     for name, value in parameters.items():
         length = float(torch.linalg.vector_norm(value, dtype=torch.float64))
         shape = tuple(value.shape)
-        farthest = max(_way(shape, length, stage) for stage in stages) * _stretch(rows_of(shape)[1], wire)
+        farthest = max(_way(name, shape, length, stage.local_steps, stage.optimiser) for stage in stages) * _stretch(
+            rows_of(shape)[1], wire
+        )
         group = group_of(name)
         squares[group] = squares.get(group, 0.0) + farthest**2
     return {group: math.sqrt(square) for group, square in squares.items()}
@@ -212,11 +212,11 @@ class Screen:
 
     def take(self, site: str, stream: Stream, norms: Norms, reach: Norms) -> None:
         """Refuse an update that is too long in one of its groups; remember the others' norms for the next round."""
-        for group, norm in norms.items():
+        for group, length in norms.items():
             most = self.bound(group, stream, reach[group])
-            if norm > most:
+            if length > most:
                 raise UpdateError(
-                    f"{group}: update is {norm:.3g} long, at most {most:.3g} is taken from {stream} sites; "
+                    f"{group}: update is {length:.3g} long, at most {most:.3g} is taken from {stream} sites; "
                     "look at this site's data and learning rate"
                 )
         self._taken[site] = stream, dict(norms)
@@ -224,9 +224,9 @@ class Screen:
     def keep(self) -> None:
         """The round counts: remember the norms of the updates taken in it."""
         for _, (stream, norms) in sorted(self._taken.items()):
-            for group, norm in norms.items():
+            for group, length in norms.items():
                 known = self._norms.setdefault(f"{group}/{stream}", [])
-                known.append(norm)
+                known.append(length)
                 del known[: -self._settings.window]
         self._taken.clear()
 
@@ -250,26 +250,15 @@ def _places(shapes: Shapes, stream: Stream, wire: config.Wire) -> dict[str, tupl
     }
 
 
-def _room_of(parameter: str) -> str:
-    """What is trained as a whole or not at all: a group, but in a block's expert each of its layers by itself.
-
-    A report that is only read beside an image, and never predicted, passes the last block's attention norm and skips the rest
-    of its expert.
-    """
-    parts = parameter.split(".")
-    return ".".join(parts[:4]) if parts[0] == "blocks" and parts[2] != "attention" else group_of(parameter)
-
-
-def _way(shape: tuple[int, ...], length: float, stage: config.Stage) -> float:
-    """The longest way of one parameter that is ``length`` long, whichever of the stage's optimisers moves it."""
-    optimiser = stage.optimiser
-    slack = AGGREGATED_SLACK if optimiser.second_moment == "aggregated" else 1.0
-    step, rate = slack * ADAMW_STEP * optimiser.lr * math.sqrt(math.prod(shape)), optimiser.lr
-    if optimiser.kind == "muon":
-        step = max(step, MUON_STEP * optimiser.muon_lr * math.sqrt(rows_of(shape)[0]))
-        rate = max(rate, optimiser.muon_lr)
+def _way(name: str, shape: tuple[int, ...], length: float, steps: int, optimiser: config.Optimiser) -> float:
+    """The longest way of a parameter that is ``length`` long."""
+    if optimiser.kind == "muon" and is_for_muon(name, len(shape)):
+        rate, step = optimiser.muon_lr, MUON_STEP * math.sqrt(shape[0])
+    else:
+        slack = AGGREGATED_SLACK if optimiser.second_moment == "aggregated" else 1.0
+        rate, step = optimiser.lr, slack * ADAMW_STEP * math.sqrt(math.prod(shape))
     decay = rate * optimiser.weight_decay
-    return stage.local_steps * (step + decay * length) * math.exp(stage.local_steps * decay)
+    return steps * (rate * step + decay * length) * math.exp(steps * decay)
 
 
 def _stretch(columns: int, wire: config.Wire) -> float:

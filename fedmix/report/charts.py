@@ -26,6 +26,7 @@ CHARACTER = 6.0  # width of a small letter; stage names are cut to their band
 
 ROW_HEIGHT = 22
 BAR_LEFT, BAR_RIGHT = 128, 44
+INTERVAL_RIGHT = 56  # room for a mean with its unit
 STRIP_HEIGHT, STRIP_MARGIN = 22, 3.0  # a strip is as wide as its tile: x in percent of that
 EARLY_END_LIFT = 9.0  # the value of a curve that ends before the run sits above it, not on those that go on
 CHANCE = 0.5  # AUROC of guessing: bars start there
@@ -110,6 +111,43 @@ class BarPanel:
     ticks: tuple[Mark, ...]
     chance: float
     macro: Mark | None
+
+
+@dataclass(frozen=True)
+class IntervalRow:
+    """One method of an interval panel: its mean, the interval around it, and the values that they come from."""
+
+    name: str
+    kind: str
+    mean: float
+    interval: tuple[float, float] | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """One row as drawn; ``is_cut`` says at which ends the interval goes on beyond the axis."""
+
+    name: str
+    kind: str
+    text: str
+    y: float
+    x: float
+    interval: tuple[float, float] | None
+    is_cut: tuple[bool, bool]
+    dots: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class IntervalPanel:
+    """Means with intervals, methods down, one measure across; a line marks the first row's mean."""
+
+    title: str
+    description: str
+    height: float
+    whiskers: tuple[Whisker, ...]
+    ticks: tuple[Mark, ...]
+    line: float
 
 
 @dataclass(frozen=True)
@@ -214,6 +252,24 @@ def bar_panel(title: str, values: Mapping[str, float], macro: float | None) -> B
     )
 
 
+def interval_panel(title: str, rows: Sequence[IntervalRow], levels: Sequence[float], measure: Measure) -> IntervalPanel:
+    """A row for each method on the axis of ``levels``, which all panels of a measure share.
+
+    The axis spans the values and not the intervals: with three seeds one wide interval would press all means together.
+    """
+    across = Scale(levels[0], levels[-1], BAR_LEFT, WIDTH - INTERVAL_RIGHT)
+    whiskers = tuple(_whisker(row, TOP + ROW_HEIGHT * (number + 0.5), across, measure) for number, row in enumerate(rows))
+    told = "; ".join(f"{one.name} {one.text}" for one in whiskers)
+    return IntervalPanel(
+        title=title,
+        description=f"{measure.title}, {title}, mean over seeds, {measure.better} is better: {told}",
+        height=TOP + ROW_HEIGHT * len(rows) + BOTTOM,
+        whiskers=whiskers,
+        ticks=tuple(Mark(across(level), measure.show(level).removesuffix(" %")) for level in levels),
+        line=across(rows[0].mean),
+    )
+
+
 def readable(label: str) -> str:
     """A finding's name with spaces."""
     return label.replace("_", " ")
@@ -237,6 +293,21 @@ def _strip(measure: Measure, setting: str, cells: Sequence[tuple[Row, Cell]]) ->
         dots=tuple(reversed(dots)),  # this run is drawn last, on top
         interval=(across(ours.score.interval[0]), across(ours.score.interval[1])) if ours.score.interval else None,
         ends=(measure.show(worst), measure.show(best)),
+    )
+
+
+def _whisker(row: IntervalRow, middle: float, across: Scale, measure: Measure) -> Whisker:
+    low, high = row.interval or (row.mean, row.mean)
+    ends = (max(across(low), across.start), min(across(high), across.stop))
+    return Whisker(
+        name=row.name,
+        kind=row.kind,
+        text=measure.show(row.mean),
+        y=middle,
+        x=across(row.mean),
+        interval=ends if row.interval else None,
+        is_cut=(low < across.low, high > across.high),
+        dots=tuple(across(value) for value in row.values) if len(row.values) > 1 else (),
     )
 
 

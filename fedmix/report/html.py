@@ -16,10 +16,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmix.errors import RunError
-from fedmix.report import charts, measures, narrative, quantities
+from fedmix.report import charts, comparison, measures, narrative, quantities
 from fedmix.report.examples import Examples, load_examples
 from fedmix.report.history import History, read_history
 from fedmix.report.measures import Grid
+from fedmix.report.study import Study
 from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json, write_text
 
 OBJECTIVE_TITLES = {
@@ -96,6 +97,20 @@ def write_comparison(path: Path, reports: Sequence[Report]) -> Path:
     grid = measures.compare_table(reports)
     template = _environment().get_template("compare.html.j2")
     write_text(path, measures.markdown(grid) if path.suffix == ".md" else template.render(grid=grid))
+    return path
+
+
+def write_study(path: Path, studies: Sequence[Study]) -> Path:
+    """Write what compares the methods of studies, as Markdown for a path that ends in .md and as HTML otherwise."""
+    comparisons = [comparison.compared(study) for study in studies]
+    if path.suffix == ".md":
+        write_text(path, comparison.as_markdown(comparisons))
+    else:
+        template = _environment().get_template("study.html.j2")
+        drawn = template.render(
+            comparisons=comparisons, charts=charts, costs=comparison.COSTS, gap_sentence=comparison.gap_sentence
+        )
+        write_text(path, drawn)
     return path
 
 

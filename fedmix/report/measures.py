@@ -23,13 +23,18 @@ ABOUT_METHOD = {
     "fedmix": "the method of this run",
     "random_init": "weights never trained",
     "public_init": "public start weights, never trained here",
-    "best_site": "the best site training alone",
+    "best_site": "the better of the sites alone",
     "fedavg_all": "plain FedAvg over all sites",
+    "modality_aware_joint": "our weights, one stage",
+    "modality_exact": "FedAvg among sites of the same data",
+    "fedcola": "FedCola's rule",
     "paired_only": "only sites with pairs",
+    "paired_long": "the same, for the time of all sites",
     "paired_fedavg": "FedAvg over sites with pairs",
     "fedprox": "FedAvg with a proximal term",
-    "one_shot": "one average of site models",
-    "centralised": "all data pooled at one place",
+    "one_shot": "one average of site models a stage",
+    "centralised": "all data pooled: equal samples, more steps",
+    "centralised_steps": "all data pooled: equal samples and steps",
     "raw_pixels": "grey values",
     "mean_image": "the average image",
     "mean_image_fitted": "scaled to what is visible",
@@ -145,6 +150,11 @@ def _linear_probe(evaluation: Evaluation) -> Score:
     return _of_classifier(block) if block else _absent(evaluation, "classification/linear_probe")
 
 
+def _few_label_probe(evaluation: Evaluation) -> Score:
+    block = evaluation.classification and evaluation.classification.few_label_probe
+    return _of_classifier(block) if block else _absent(evaluation, "classification/few_label_probe")
+
+
 def chance_at_10(block: Ranking) -> float | None:
     """The recall at 10 that guessing gives: as evaluated, or from the gallery; None where neither is known."""
     if not block.gallery:
@@ -193,6 +203,9 @@ MEASURES = (
     Measure("PSNR", "PSNR\ndB", "higher", _psnr, lambda value: quantities.decimal(value, 2), "dB"),
     Measure("Bits per token", "bits\n/token", "lower", _bits, lambda value: quantities.decimal(value, 2)),
 )
+FEW_LABEL_PROBE = Measure(
+    "Probe AUROC, few labels", "probe\nfew\nlabels", "higher", _few_label_probe, quantities.decimal
+)  # of a study's tables
 ZERO_SHOT, LINEAR_PROBE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, PSNR, BITS = range(len(MEASURES))
 
 
@@ -218,8 +231,8 @@ def compare_table(reports: Sequence[Report]) -> Grid:
 def markdown(grid: Grid) -> str:
     """The table as GitHub Markdown, the best of each column in bold."""
     titles = [f"{measure.title} {measure.unit}".strip() for measure in grid.measures]
-    lines = [_markdown_line(["", *titles]), _markdown_line(["---", *["---:"] * len(titles)])]
-    lines += [_markdown_line([row.name, *map(_markdown_cell, row.cells)]) for row in grid.rows]
+    lines = [markdown_line(["", *titles]), markdown_line(["---", *["---:"] * len(titles)])]
+    lines += [markdown_line([row.name, *map(_markdown_cell, row.cells)]) for row in grid.rows]
     notes = [f"{number}. {_markdown_text(note)}" for number, note in enumerate(grid.notes, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
@@ -334,7 +347,8 @@ def _leaf(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
 
 

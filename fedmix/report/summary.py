@@ -85,6 +85,7 @@ class Classification(Open):
     """Readings of the same features, and the probe on plain pixels that they have to beat."""
 
     linear_probe: Classifier | None = None
+    few_label_probe: Classifier | None = None
     fine_tune: Classifier | None = None
     zero_shot: Classifier | None = None
     raw_pixels: Classifier | None = None

@@ -1,11 +1,5 @@
-"""Speed as ratios, measured side by side in one run; `fedmix bench` prints one JSON line a case."""
+"""Speed as ratios, measured side by side in one run; `fedmix bench` prints one JSON line a case (cases.py has them all)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from simulations.bench import federation
-
-Line = dict[str, str | float]
-
-BENCHES: dict[str, Callable[[], Iterator[Line]]] = {"federation": federation.cases}
+Line = dict[str, str | float | None]  # bench, case, value, unit, against, ratio; ratio is null where "skipped" says why

@@ -83,7 +83,8 @@ def test_a_change_of_zero_has_a_length_and_no_direction() -> None:
 
 
 def test_site_that_mixes_streams_is_in_none_of_their_sums() -> None:
-    found = facts([site("a", 1.0, image=1), site("b", 1.0, image=1, text=1), site("c", -1.0, text=1)])
+    across, up = vector([1, 0, 0, 0]), vector([0, 1, 0, 0])
+    found = facts([site("a", across, image=1), site("b", up, image=1, text=1), site("c", -across, text=1)])
     assert found["cosine/shared/image:text"] == pytest.approx(-1.0)
     assert "cosine/image.decoder/image:text" not in found
     assert "cosine/image.decoder/a:b" in found

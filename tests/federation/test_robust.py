@@ -175,6 +175,14 @@ def test_rule_that_shrinks_a_group_shrinks_its_median() -> None:
     assert first(found, IMAGE) == pytest.approx(1.0)
 
 
+def test_median_is_of_changes_made_alike_in_steps_and_shortened() -> None:
+    """Steps 10, 10, 30 have mean 50 / 3, so 1, 2, 9 count as 5/3, 10/3, 5; without that the median would be 2."""
+    updates = [site("a", 1.0, image=5, steps=10), site("b", 2.0, image=5, steps=10), site("c", 9.0, image=5, steps=30)]
+    assert first(added(updates, MEDIAN), IMAGE) == pytest.approx(10 / 3)
+    # All three are cut to a tenth of the middle one.
+    assert first(added(updates, config.Aggregation(combine="median", clip=0.1)), IMAGE) == pytest.approx(1 / 3)
+
+
 # ---- what is promised
 
 TOWERS = {"shared": 5, "image": 4, "text": 3, "pair": 2}

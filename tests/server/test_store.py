@@ -138,7 +138,7 @@ def test_a_checkpoint_cut_short_by_a_kill_is_ignored_and_removed(tmp_path: Path)
     assert checkpoints(tmp_path) == ["round-00001", "round-00002"]
 
 
-@pytest.mark.parametrize("moment", range(13))
+@pytest.mark.parametrize("moment", range(14))
 def test_commit_is_all_or_nothing_wherever_it_is_cut_short(
     moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +175,7 @@ def test_commit_is_all_or_nothing_wherever_it_is_cut_short(
     assert found is not None
     assert found.round_number in ((3,) if finished else (2, 3))
     assert digest(found.parameters) == digest(committed(found.round_number).parameters)
-    assert finished == (moment >= 11)
+    assert finished == (moment >= 12)
 
 
 def test_a_full_disk_is_one_sentence_and_the_round_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from little import hostile
 
@@ -72,7 +72,38 @@ def hanging_once(places: Places) -> ClientApp:
     return odd_at(places, "west", lambda state: time.sleep(600) if is_first(state) else None)
 
 
+def hanging(places: Places) -> ClientApp:
+    """West's job hangs, every time."""
+    return odd_at(places, "west", lambda state: time.sleep(600))
+
+
 def stillborn(places: Places) -> ClientApp:
     """No worker ever gets as far as an app."""
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # the traceback of this one is on purpose
     raise RuntimeError("on purpose")
+
+
+def slow(places: Places) -> ClientApp:
+    """Every job takes a while."""
+    return answering(lambda message: (time.sleep(0.6), RecordDict())[1])
+
+
+def echoing(places: Places) -> ClientApp:
+    """Every site sends back a copy of what it was sent."""
+
+    def echo(message: Message) -> RecordDict:
+        parameters = message.content.array_records["parameters"]
+        return RecordDict({"deltas": ArrayRecord({name: Array(array.numpy()) for name, array in parameters.items()})})
+
+    return answering(echo)
+
+
+def answering(answer: Callable[[Message], RecordDict]) -> ClientApp:
+    """An app that needs no files."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(answer(message), reply_to=message)
+
+    return app

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import odd_apps
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from little import ROOT, DirectGrid, World, everyone, fedmix, write_config
 
+from client.app import Place
 from fedmix import config
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
 from server.app import build_app
 from server.store import RunStore
 from simulations import engine, forkserver
-from simulations.engine import InProcessGrid
+from simulations.engine import InProcessGrid, WorkerPool
 
 
 @contextmanager
@@ -39,19 +46,65 @@ def grid_over(world: World, **options: Any) -> Iterator[InProcessGrid]:
         grid.close()
 
 
-def test_messages_to_workers_are_flowers_own_protobuf() -> None:
+@contextmanager
+def many_small_sites(number: int, **options: Any) -> Iterator[InProcessGrid]:
+    """Nodes whose app needs no files."""
+    nowhere = Path("nowhere")
+    grid = InProcessGrid([Place(f"site{n}", nowhere, nowhere, nowhere) for n in range(number)], **options)
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+def through_a_pipe(message: Message) -> Message:
+    """The message as a worker reads it."""
+    ours, theirs = Pipe()
+    writer = threading.Thread(target=engine.send, args=(ours, message))
+    writer.start()
+    received = engine.receive(theirs)
+    writer.join()
+    ours.close()
+    theirs.close()
+    return received
+
+
+def test_messages_arrive_at_workers_as_flowers_own_protobuf_would_carry_them() -> None:
     DirectGrid([], {})
     arrays = ArrayRecord({"a": Array(np.arange(6, dtype=np.float32).reshape(2, 3)), "b": Array(np.array(3.0))})
-    content = RecordDict({"arrays": arrays, "plan": ConfigRecord({"round": 3}), "sums": MetricRecord({"loss": [1.0, 2.0]})})
-    message = Message(content, 2, "train", ttl=5.0, group_id="3")
-    ours = message_from_proto(ProtoMessage.FromString(engine._to_bytes(message)))
+    records = {"arrays": arrays, "plan": ConfigRecord({"round": 3}), "sums": MetricRecord({"loss": [1.0, 2.0]})}
+    message = Message(RecordDict(records | {"none": ArrayRecord({})}), 2, "train", ttl=5.0, group_id="3")
+    ours = through_a_pipe(message)
     flowers = message_from_proto(ProtoMessage.FromString(message_to_proto(message).SerializeToString()))
     assert dict(ours.content) == dict(flowers.content)
     assert ours.metadata.__dict__ == flowers.metadata.__dict__
-    empty = Message(RecordDict(), 2, "query")
-    assert message_from_proto(ProtoMessage.FromString(engine._to_bytes(empty))).has_content()
+    assert through_a_pipe(Message(RecordDict(), 2, "query")).has_content()
     error = Message(Error(code=1001, reason="no"), reply_to=message)
-    assert message_from_proto(ProtoMessage.FromString(engine._to_bytes(error))).error == Error(code=1001, reason="no")
+    assert through_a_pipe(error).error == Error(code=1001, reason="no")
+
+
+def test_array_data_arrive_whole_whatever_their_length_beside_a_piece() -> None:
+    DirectGrid([], {})
+    lengths = [0, 1, engine.PIECE_BYTES - 1, engine.PIECE_BYTES, engine.PIECE_BYTES + 1, 2 * engine.PIECE_BYTES, 3]
+    arrays = {f"a{length}": Array("uint8", (length,), "odd", os.urandom(length)) for length in lengths}
+    received = through_a_pipe(Message(RecordDict({"arrays": ArrayRecord(arrays)}), 2, "train"))
+    assert dict(received.content.array_records["arrays"]) == arrays
+
+
+def test_sending_copies_no_array_and_receiving_never_holds_two() -> None:
+    DirectGrid([], {})
+    megabytes, num_arrays = 8, 6
+    arrays = {f"a{number}": Array("uint8", (1,), "odd", bytes(megabytes << 20)) for number in range(num_arrays)}
+    message = Message(RecordDict({"arrays": ArrayRecord(arrays)}), 2, "train")
+    tracemalloc.start()
+    try:
+        received = through_a_pipe(message)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert received.content.array_records["arrays"].keys() == arrays.keys()
+    assert num_arrays * megabytes <= held / 2**20 < num_arrays * megabytes + 2
+    assert (peak - held) / 2**20 < megabytes + 3  # the pieces of the last array beside it, and one on its way out
 
 
 def test_workers_are_as_many_as_the_cores_carry_and_never_more_than_sites() -> None:
@@ -65,11 +118,69 @@ def test_an_engine_without_flowers_announcements_is_what_its_environment_asks_fo
     assert {key: os.environ[key] for key in forkserver.FLOWER_ENVIRONMENT} == forkserver.FLOWER_ENVIRONMENT
 
 
+def test_sites_one_after_the_other_in_this_process_give_the_same_weights_and_leave_its_threads_alone(tmp_path: Path) -> None:
+    here = World(tmp_path / "here", everyone(tmp_path)).run()
+    world = World(tmp_path / "there", everyone(tmp_path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with grid_over(world, num_workers=0) as grid:
+            there = world.run(grid)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert digest(there.parameters) == digest(here.parameters)
+
+
+def test_in_this_process_a_job_that_took_too_long_is_late_and_so_is_one_that_waited_too_long() -> None:
+    with many_small_sites(3, num_workers=0, make_app=odd_apps.slow) as grid:
+        orders = [Message(RecordDict(), node, "train", ttl=1.0) for node in grid.get_node_ids()]
+        replies = list(grid.send_and_receive(orders))
+    assert [reply.error.code if reply.has_error() else None for reply in replies] == [None, engine.LATE, engine.LATE]
+
+
 # ---- real workers
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_round_of_a_thousand_sites_runs_in_constant_memory() -> None:
+    """Orders of 256 KiB share one content; replies of 256 KiB, a quarter of a GB together, are let go one by one."""
+    order = RecordDict({"parameters": ArrayRecord({"w": Array(np.zeros(1 << 16, np.float32))})})
+    with many_small_sites(1000, num_workers=2, make_app=odd_apps.echoing) as grid:
+        gc.disable()  # a cycle that holds a message would keep it for as long as Python likes
+        tracemalloc.start()
+        try:
+            waiting = set(grid.push_messages(Message(order, node, "train") for node in grid.get_node_ids()))
+            queued, _ = tracemalloc.get_traced_memory()
+            num_bytes = 0
+            while waiting:
+                for reply in grid.pull_messages(waiting):
+                    waiting.remove(reply.metadata.reply_to_message_id)
+                    deltas = reply.content["deltas"]
+                    assert isinstance(deltas, ArrayRecord)
+                    num_bytes += len(deltas["w"].data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert num_bytes >= 1000 << 18
+    assert queued / 2**20 < 16
+    assert peak / 2**20 < 24
+
+
+@pytest.mark.e2e
+def test_replies_are_taken_in_one_by_one_however_many_workers_are_ready() -> None:
+    with many_small_sites(2, num_workers=2, make_app=odd_apps.echoing) as grid:
+        order = RecordDict({"parameters": ArrayRecord({"w": Array(np.zeros(4, np.float32))})})
+        waiting = list(grid.push_messages(Message(order, node, "train") for node in grid.get_node_ids()))
+        pool = grid._pool
+        assert isinstance(pool, WorkerPool)
+        waited_until(lambda: len(wait(list(pool._busy), timeout=0.0)) == 2)
+        assert [len(list(grid.pull_messages(waiting))) for _ in range(2)] == [1, 1]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_weights_do_not_depend_on_the_number_of_workers(num_workers: int, tmp_path: Path) -> None:
     here = World(tmp_path / "here", everyone(tmp_path, rounds=2)).run()
     world = World(tmp_path / "there", everyone(tmp_path, rounds=2))
@@ -83,7 +194,7 @@ def test_a_worker_that_dies_drops_its_site_and_the_next_round_has_a_new_one(tmp_
     world = World(tmp_path, everyone(tmp_path, rounds=2))
     with grid_over(world, make_app=odd_apps.crashing_once) as grid:
         world.run(grid)
-        assert len(grid._pool._processes) == 2
+        assert len(workers_of(grid)) == 2
     assert world.dropped() == {"south": "the worker process of site south died"}
     assert world.taken().count((1, "south")) == 0
     assert (2, "south") in world.taken()
@@ -133,7 +244,7 @@ def test_a_worker_killed_while_it_is_free_costs_one_reply(tmp_path: Path) -> Non
 
     def kill_one(number: int, stage: str, parameters: object) -> None:
         if number == 1:
-            victim = next(iter(grid._pool._processes.values()))
+            victim = next(iter(workers_of(grid).values()))
             os.kill(victim.pid, signal.SIGKILL)
             victim.join()
 
@@ -147,7 +258,7 @@ def test_a_worker_killed_while_it_is_free_costs_one_reply(tmp_path: Path) -> Non
 def test_closing_leaves_no_worker_behind_whatever_it_does(tmp_path: Path) -> None:
     world = World(tmp_path, everyone(tmp_path))
     with grid_over(world, make_app=odd_apps.hanging_once) as grid:
-        processes = list(grid._pool._processes.values())
+        processes = list(workers_of(grid).values())
         grid.push_messages([Message(RecordDict(), 4, "train")])
         waited_until((world.places[2].state / "asked").exists)
     assert all(process.exitcode is not None for process in processes)
@@ -179,6 +290,12 @@ def test_workers_end_with_the_run_that_is_killed(tmp_path: Path) -> None:
         run.kill()
         run.wait()
         waited_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+def workers_of(grid: InProcessGrid) -> dict[Any, Any]:
+    """The worker processes, by the connection to each."""
+    assert isinstance(grid._pool, WorkerPool)
+    return grid._pool._processes
 
 
 def waited_until(condition: Any, seconds: float = 60.0) -> None:

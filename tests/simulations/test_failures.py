@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import odd_apps
 import pytest
 import yaml
-from little import ROOT, World, command, fedmix, values, write_config
+from deaths import commanded, ended, fill, forked
+from flwr.app import Message
+from little import ROOT, DirectGrid, World, command, everyone, fedmix, values, write_config
 
 from fedmix import config
 from fedmix.data.shard import MEMBERS
+from fedmix.errors import RunError
 from fedmix.federation.update import digest
+from server.app import build_app as build_server_app
 from server.store import RunStore
+from simulations.engine import run_in_process
 
 pytestmark = pytest.mark.e2e
 
@@ -101,6 +111,177 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     said = sentence(limited)
     assert "File too large" in said
     assert fedmix("simulate", path, "--out", tmp_path / "run").returncode == 0
+
+
+# ---- a run that has committed rounds, and then something breaks
+
+
+def stopped(folder: Path, wanted: dict[str, Any], rounds: int = 2) -> Path:
+    """The run folder of a run that was stopped after some rounds."""
+
+    def stop(number: int, stage: str, parameters: object) -> None:
+        if number == rounds:
+            raise KeyboardInterrupt
+
+    world = World(folder, wanted)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(on_committed=stop)
+    return world.store.folder
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """SHA-256 of every file of the checkpoints."""
+    files = sorted(path for path in (run / "checkpoints").rglob("*") if path.is_file())
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class FillsUp(DirectGrid):
+    """A disk that is full once the sites have answered."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = super().pull_messages(message_ids)
+        if any(reply.metadata.message_type == "train" for reply in replies):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return replies
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("", "cannot keep a round's updates: File too large; make room for them and go on with --resume"),
+        ("metrics.jsonl, a", "metrics.jsonl: File too large; make room and go on with --resume, no committed round is lost"),
+        (
+            "checkpoints/.round-00002.partial",
+            "File too large.*; the round before it is kept, make room and go on with --resume",
+        ),
+    ],
+    ids=["updates", "metrics", "checkpoint"],
+)
+def test_a_disk_that_fills_up_at_any_write_of_the_server_costs_the_round_and_no_more(
+    call: str, what: str, tmp_path: Path
+) -> None:
+    run = stopped(tmp_path, values(tmp_path), rounds=1)
+    last_good = hashes(run)
+    assert last_good
+
+    def job() -> None:
+        world, said = World(tmp_path, values(tmp_path), resume=True), ""
+        grid = world.grid() if call else FillsUp(world.places, {})
+        if call:
+            fill(call)
+        try:
+            world.run(grid)
+        except RunError as error:
+            said = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (tmp_path / "said.txt").write_text(said)
+
+    assert ended(forked(job, tmp_path)) == 0
+    assert re.search(what, (tmp_path / "said.txt").read_text())
+    assert hashes(run) == last_good
+    committed = World(tmp_path, values(tmp_path), resume=True).run()
+    whole = World(tmp_path / "whole", values(tmp_path)).run()
+    assert digest(committed.parameters) == digest(whole.parameters)
+
+
+def without_privilege() -> list[str]:
+    """What makes a command respect the modes of files even if root runs it."""
+    if os.getuid() != 0:
+        return []
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.skip("root writes into any folder, and there is no setpriv to stop it")
+    return [setpriv, "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence_and_stays_as_it_is(tmp_path: Path) -> None:
+    path, run = write_config(tmp_path), stopped(tmp_path, values(tmp_path))
+    last_good = hashes(run)
+    everything = [run, *run.rglob("*")]
+    modes = {one: one.stat().st_mode for one in everything}
+    for one in everything:
+        one.chmod(modes[one] & ~0o222)
+    try:
+        arguments = [*without_privilege(), *command("simulate", path, "--out", run, "--resume")]
+        answer = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=280, check=False)
+    finally:
+        for one in everything:
+            one.chmod(modes[one])
+    assert sentence(answer) == f"cannot write the run folder {run}: Permission denied; choose another with --out"
+    assert hashes(run) == last_good
+
+
+def test_a_config_that_has_changed_since_is_one_sentence_and_the_run_stays_as_it_is(tmp_path: Path) -> None:
+    path, run = write_config(tmp_path), stopped(tmp_path, values(tmp_path))
+    before = hashes(run), (run / "manifest.json").read_bytes(), (run / "config.yaml").read_bytes()
+    said = sentence(commanded(tmp_path, "simulate", path, "--out", run, "--resume", "--set", "stages.1.local_steps=3"))
+    assert said.startswith(f"the experiment has changed since the run in {run} began (fingerprints differ)")
+    assert "restore the config, or start anew in another folder with --out" in said
+    assert before == (hashes(run), (run / "manifest.json").read_bytes(), (run / "config.yaml").read_bytes())
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_every_checkpoint_is_one_sentence_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    path, run = write_config(tmp_path), stopped(tmp_path, values(tmp_path))
+    for folder, member in (("round-00001", "round.json"), ("round-00002", "outer.safetensors")):
+        flip(run / "checkpoints" / folder / member)
+    before = hashes(run)
+    said = sentence(commanded(tmp_path, "simulate", path, "--out", run, "--resume"))
+    assert said == f"every checkpoint in {run / 'checkpoints'} is damaged; start anew in another folder with --out"
+    assert hashes(run) == before
+
+
+# ---- a run that cannot go on
+
+
+def test_a_run_whose_rounds_fail_in_a_row_ends_in_state_failed_with_cause_and_next_step(tmp_path: Path) -> None:
+    """Within 30 s of the last failure (FLIP's runs were stuck for hours)."""
+    path = write_config(tmp_path, values(tmp_path, federation={"min_sites": 3, "max_failed_rounds": 2}))
+    arguments = command("simulate", path, "--out", tmp_path / "run")
+    failed: list[float] = []
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        for line in run.stdout:
+            if "failed: 2 of 2 sites sent an update, 3 are needed" in " ".join(line.split()):
+                failed.append(time.monotonic())
+        err = run.stderr.read()
+    took = time.monotonic() - failed[-1]
+    assert len(failed) == 2
+    assert took < 30
+    said = sentence(subprocess.CompletedProcess(arguments, run.returncode, "", err))
+    assert said.startswith("round 1 failed 2 times in a row: 2 of 2 sites sent an update, 3 are needed")
+    assert said.endswith("mend the cause and go on with --resume")
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert (manifest["state"], manifest["cause"]) == ("failed", said)
+
+
+def test_a_run_stops_in_time_although_a_site_hangs(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, federation={"deadline_s": 2.0, "min_sites": 3, "max_failed_rounds": 2}))
+    failed: list[float] = []
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if row["event"] == "failed":
+            failed.append(time.monotonic())
+
+    app = build_server_app(world.experiment, world.store, watch=watch)
+    with pytest.raises(RunError, match=r"failed 2 times in a row: . of 3 sites sent an update, 3 are needed \(.*west: "):
+        run_in_process(app, world.places, num_workers=1, make_app=odd_apps.hanging)
+    assert time.monotonic() - failed[-1] < 30
+    assert len(failed) == 2
 
 
 # ---- Ctrl-C

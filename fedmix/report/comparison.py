@@ -1,0 +1,243 @@
+"""Studies as tables and panels: what `fedmix compare` prints, draws and writes of them.
+
+For every regime a table of means, a table of paired differences, a table of costs; for every measure a panel a regime on
+one common axis. A difference is main method less the other one, so where higher is better a positive one is in its favour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmix.report import charts, quantities
+from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, markdown, markdown_line, method_name
+from fedmix.report.study import MAIN, MEASURES, POOLED, Cost, Estimate, Study
+
+NOT_YET = "no seed has it yet"
+UNTRAINED = ("random_init", "public_init")
+COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
+ABOUT_INTERVALS = (
+    "Intervals are 95 %, Student's t over seeds. A seed moves initial weights, batches and the draw of the sites' data; the "
+    "held-out studies are the same for all, so intervals do not cover their draw."
+)
+ABOUT_BEST_SITE = "The best site is chosen by its zero-shot AUROC on the test studies, which flatters it and nobody else."
+ABOUT_COSTS = (
+    "Steps and examples are counted. Core seconds are CPU time: steps times what one step took when it was measured alone in "
+    "one thread on this machine; pooled training was measured while it ran."
+)
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What a method's training took, as text in the order of COSTS."""
+
+    name: str
+    kind: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Recovered gap of each measure towards one kind of pooled training."""
+
+    towards: str
+    texts: tuple[tuple[str, str], ...]
+    undefined: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RegimeTables:
+    """One regime's tables."""
+
+    name: str
+    num_seeds: str
+    means: Grid
+    differences: Grid
+    costs: tuple[CostRow, ...]
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measure, a panel a regime."""
+
+    title: str
+    better: str
+    panels: tuple[charts.IntervalPanel, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of a study that a page shows."""
+
+    name: str
+    standing: str
+    figures: tuple[Figure, ...]
+    regimes: tuple[RegimeTables, ...]
+    notes: tuple[str, ...]
+
+
+def compared(study: Study) -> Comparison:
+    """Tables and panels of a study; regimes and measures of which there is nothing yet are left out."""
+    regimes = [regime for regime in study.regimes if _has_any(study, regime)]
+    figures = [figure for name in MEASURES if (figure := _figure(study, regimes, name)) is not None]
+    notes = [ABOUT_INTERVALS, *([ABOUT_BEST_SITE] if "best_site" in study.methods else []), ABOUT_COSTS]
+    return Comparison(
+        study.name, study.standing, tuple(figures), tuple(tables(study, regime) for regime in regimes), tuple(notes)
+    )
+
+
+def tables(study: Study, regime: str) -> RegimeTables:
+    """The tables of one regime."""
+    methods = [method for method in study.methods if any(study.estimate(regime, method, measure) for measure in MEASURES)]
+    others = [method for method in methods if method != MAIN]
+    done = sum(cell.regime == regime and cell.state == "completed" for cell in study.cells)
+    return RegimeTables(
+        name=regime,
+        num_seeds=f"{done} of {quantities.plural(len(study.seeds), 'seed')} complete",
+        means=_means(study, regime, methods),
+        differences=_differences(study, regime, others),
+        costs=tuple(_cost_row(method, study.cost(regime, method)) for method in methods if method not in UNTRAINED),
+        gaps=tuple(_gap(study, regime, pooled) for pooled in POOLED if pooled in methods),
+    )
+
+
+def as_markdown(comparisons: Sequence[Comparison]) -> str:
+    """Everything but the drawings, as GitHub Markdown."""
+    parts: list[str] = []
+    for one in comparisons:
+        parts += [f"# {one.name}", one.standing]
+        for regime in one.regimes:
+            parts += [f"## {regime.name} ({regime.num_seeds})", markdown(regime.means).rstrip()]
+            parts += [f"{method_name(MAIN)} less each method:", markdown(regime.differences).rstrip()]
+            parts += [
+                "\n".join([markdown_line(["", *COSTS]), markdown_line(["---", *["---:"] * len(COSTS)]), *_cost_lines(regime)])
+            ]
+            parts += [gap_sentence(gap) for gap in regime.gaps]
+        parts += list(one.notes)
+    return "\n\n".join(parts) + "\n"
+
+
+def gap_sentence(gap: Gap) -> str:
+    """The recovered gap as a sentence; where pooling brought nothing over the best site there is no gap to recover."""
+    parts = [f"{title} {text}" for title, text in gap.texts]
+    if gap.undefined:
+        parts.append(f"none to recover in {quantities.listing(gap.undefined)}")
+    return f"Recovered gap from the best site to {gap.towards}: {'; '.join(parts)}. Of the means, without interval."
+
+
+def _cost_lines(regime: RegimeTables) -> list[str]:
+    return [markdown_line([row.name, *row.texts]) for row in regime.costs]
+
+
+def _has_any(study: Study, regime: str) -> bool:
+    return any(cell.regime == regime and cell.methods for cell in study.cells)
+
+
+def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
+    found = {(method, name): study.estimate(regime, method, name) for method in methods for name in MEASURES}
+    best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in MEASURES.items()}
+    most = max((one.num_seeds for one in found.values() if one), default=0)
+    rows = [
+        Row(
+            method_name(method),
+            ABOUT_METHOD.get(method, "one site for itself" if method.startswith("site_") else ""),
+            "main" if method == MAIN else "baseline",
+            tuple(_mean_cell(measure, found[method, name], best[name], most) for name, measure in MEASURES.items()),
+        )
+        for method in methods
+    ]
+    return Grid(tuple(MEASURES.values()), tuple(rows), _notes(rows))
+
+
+def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
+    rows = [
+        Row(
+            method_name(method),
+            "",
+            "baseline",
+            tuple(_difference_cell(measure, study.difference(regime, method, name)) for name, measure in MEASURES.items()),
+        )
+        for method in methods
+    ]
+    return Grid(tuple(MEASURES.values()), tuple(rows), _notes(rows))
+
+
+def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    return (NOT_YET,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
+
+
+def _best(measure: Measure, estimates: Sequence[Estimate | None]) -> str:
+    """The best mean as it is shown."""
+    means = [one.mean for one in estimates if one]
+    return measure.show(max(means) if measure.better == "higher" else min(means)) if len(means) > 1 else ""
+
+
+def _mean_cell(measure: Measure, one: Estimate | None, best: str, most: int) -> Cell:
+    if one is None:
+        return Cell(quantities.DASH, note=1)
+    text = measure.show(one.mean)
+    interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
+    setting = "" if one.num_seeds == most else quantities.plural(one.num_seeds, "seed")
+    return Cell(text, interval, setting, is_best=text == best, score=Score(one.mean, one.interval))
+
+
+def _difference_cell(measure: Measure, one: Estimate | None) -> Cell:
+    """A difference; ``is_best`` marks those whose interval leaves zero out."""
+    if one is None:
+        return Cell(quantities.DASH, note=1)
+    interval = " to ".join(signed(measure, bound) for bound in one.interval) if one.interval else ""
+    return Cell(signed(measure, one.mean), interval, is_best=one.is_clear, score=Score(one.mean, one.interval))
+
+
+def signed(measure: Measure, value: float) -> str:
+    """A difference with its sign; of percentages in points."""
+    text = measure.show(abs(value)).removesuffix(" %")
+    if not any(digit in text for digit in "123456789"):
+        return text
+    return ("+" if value > 0 else "\N{MINUS SIGN}") + text
+
+
+def _cost_row(method: str, cost: Cost | None) -> CostRow:
+    cost = cost or Cost()
+    examples = [quantities.count(cost.examples.get(stream, 0)) for stream in ("image", "text", "paired")]
+    texts = (quantities.count(cost.steps), *examples, _core_seconds(cost.core_s), quantities.size(cost.bytes_up))
+    return CostRow(method_name(method), "main" if method == MAIN else "baseline", texts)
+
+
+def _core_seconds(value: float | None) -> str:
+    return quantities.count(value) if value is None or value >= 10 else quantities.decimal(value, 1)
+
+
+def _gap(study: Study, regime: str, pooled: str) -> Gap:
+    found = [(measure.title, study.recovered_gap(regime, name, pooled)) for name, measure in MEASURES.items()]
+    defined = tuple((title, f"{100 * gap:.0f} %".replace("-", "\N{MINUS SIGN}")) for title, gap in found if gap is not None)
+    return Gap(method_name(pooled), defined, tuple(title for title, gap in found if gap is None))
+
+
+def _figure(study: Study, regimes: Sequence[str], name: str) -> Figure | None:
+    """A measure's panels, one a regime, on one axis."""
+    measure = MEASURES[name]
+    found = {regime: _interval_rows(study, regime, name) for regime in regimes}
+    values = [value for rows in found.values() for row in rows for value in row.values]
+    if not values:
+        return None
+    levels = charts.ticks(min(values), max(values))
+    panels = [charts.interval_panel(regime, rows, levels, measure) for regime, rows in found.items() if rows]
+    better = f"{measure.better} is better"
+    return Figure(f"{measure.title}{f', {measure.unit}' if measure.unit else ''}", better, tuple(panels))
+
+
+def _interval_rows(study: Study, regime: str, name: str) -> list[charts.IntervalRow]:
+    found = [(method, study.estimate(regime, method, name)) for method in study.methods]
+    return [
+        charts.IntervalRow(
+            name=method_name(method),
+            kind="main" if method == MAIN else "baseline",
+            mean=one.mean,
+            interval=one.interval,
+            values=tuple(one.by_seed.values()),
+        )
+        for method, one in found
+        if one is not None
+    ]

@@ -1,0 +1,347 @@
+"""A study read from its folder: every method's numbers over seeds, their intervals, and differences seed by seed.
+
+Intervals are Student's t over seeds (mean plus or minus t s / sqrt n), so they cover initial weights, batches and the
+draw of the sites' data, and not the draw of the held-out set, which all share. Differences are taken within a seed, where
+both methods had the same sites and start, before their mean and interval. What is read is the cells' own run folders, so
+an unfinished study is read as far as it has come: a number says over how many seeds it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy import stats
+
+from fedmix import config
+from fedmix.errors import ConfigError, RunError
+from fedmix.report import measures, quantities
+from fedmix.report.measures import Measure
+from fedmix.report.summary import Evaluation, read_json
+
+SCHEMA = 1
+MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")
+COSTS = "costs.json"
+State = Literal["completed", "failed", "unfinished"]
+
+MEASURES: dict[str, Measure] = {  # names in study.json
+    "zero_shot_auroc": measures.MEASURES[measures.ZERO_SHOT],
+    "probe_auroc": measures.MEASURES[measures.LINEAR_PROBE],
+    "few_label_probe_auroc": measures.FEW_LABEL_PROBE,
+    "image_to_text_r10": measures.MEASURES[measures.IMAGE_TO_TEXT],
+    "text_to_image_r10": measures.MEASURES[measures.TEXT_TO_IMAGE],
+    "psnr_db": measures.MEASURES[measures.PSNR],
+    "bits_per_token": measures.MEASURES[measures.BITS],
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over seeds and its 95 % interval; one seed has no interval."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    by_seed: Mapping[int, float]
+
+    @property
+    def num_seeds(self) -> int:
+        """Over how many seeds."""
+        return len(self.by_seed)
+
+    @property
+    def half_width(self) -> float | None:
+        """How far the interval reaches to either side."""
+        return None if self.interval is None else self.interval[1] - self.mean
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out; what is asked of a difference."""
+        return self.interval is not None and self.interval[0] * self.interval[1] > 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method's training took: optimiser steps of all sites, studies by stream, CPU seconds, bytes sent."""
+
+    steps: int = 0
+    examples: Mapping[str, int] = field(default_factory=dict)
+    core_s: float | None = None
+    bytes_up: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method in one cell."""
+
+    scores: Mapping[str, float]
+    cost: Cost
+    site: str | None = None  # of best_site: which it was
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One regime with one seed, as far as it has come."""
+
+    regime: str
+    seed: int
+    state: State
+    cause: str | None
+    methods: Mapping[str, Result]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All cells of a study; ``methods`` are those that any cell has, the main one first."""
+
+    name: str
+    seeds: tuple[int, ...]
+    regimes: tuple[str, ...]
+    methods: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def num_done(self) -> int:
+        """Completed cells."""
+        return sum(cell.state == "completed" for cell in self.cells)
+
+    @property
+    def standing(self) -> str:
+        """How far it is, as a sentence."""
+        regimes, seeds = quantities.plural(len(self.regimes), "regime"), quantities.plural(len(self.seeds), "seed")
+        text = f"{self.num_done} of {len(self.cells)} cells ({regimes}, {seeds}) are complete"
+        failed = sum(cell.state == "failed" for cell in self.cells)
+        return f"{text}, {failed} failed." if failed else f"{text}."
+
+    def estimate(self, regime: str, method: str, measure: str) -> Estimate | None:
+        """A method's number over the seeds that have it; None if none has."""
+        return estimate(self._values(regime, method, measure))
+
+    def difference(self, regime: str, method: str, measure: str) -> Estimate | None:
+        """Main method less another, seed by seed; None if no seed has both."""
+        ours, theirs = self._values(regime, MAIN, measure), self._values(regime, method, measure)
+        return estimate({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
+
+    def recovered_gap(self, regime: str, measure: str, pooled: str) -> float | None:
+        """(main - best site) / (pooled - best site) of the means over the seeds that have all three.
+
+        None without such seeds, and where pooling the data brought nothing over the best site: the ratio then says nothing.
+        """
+        ours, alone, together = (self._values(regime, method, measure) for method in (MAIN, BEST_SITE, pooled))
+        seeds = ours.keys() & alone.keys() & together.keys()
+        sign = 1 if MEASURES[measure].better == "higher" else -1
+        whole = sign * sum(together[seed] - alone[seed] for seed in seeds)
+        return sign * sum(ours[seed] - alone[seed] for seed in seeds) / whole if whole > 0 else None
+
+    def cost(self, regime: str, method: str) -> Cost | None:
+        """What a method took in the first cell that has it; seeds differ by nothing but the best site's name."""
+        found = (cell.methods.get(method) for cell in self.cells if cell.regime == regime)
+        return next((result.cost for result in found if result), None)
+
+    def _values(self, regime: str, method: str, measure: str) -> dict[int, float]:
+        found = {cell.seed: cell.methods.get(method) for cell in self.cells if cell.regime == regime}
+        return {seed: result.scores[measure] for seed, result in found.items() if result and measure in result.scores}
+
+
+def estimate(by_seed: Mapping[int, float]) -> Estimate | None:
+    """Mean and Student's t interval of one number a seed; None without any."""
+    values = list(by_seed.values())
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean, None, dict(by_seed))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return Estimate(mean, (mean - half, mean + half), dict(by_seed))
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder holds a study and not one run: its config has seeds."""
+    if (folder / "manifest.json").exists() or (folder / "report.json").exists():
+        return False
+    return (folder / "config.yaml").exists()
+
+
+def read_study(folder: Path) -> Study:
+    """A study as far as it has come; raises RunError if the folder holds none."""
+    try:
+        experiment = config.load(folder / "config.yaml")
+    except ConfigError as error:
+        raise RunError(f"{folder} holds no readable study: {error}") from None
+    if experiment.study is None:
+        raise RunError(f"{folder} holds no study: its config.yaml has no seeds; give the folder of a study or of a run")
+    step_costs = _step_costs(folder)
+    cells = tuple(
+        _read_cell(folder / regime / f"seed-{seed}", regime, seed, step_costs)
+        for regime in experiment.study.regimes
+        for seed in experiment.study.seeds
+    )
+    methods = dict.fromkeys([MAIN, *(name for cell in cells for name in cell.methods)])
+    return Study(experiment.name, experiment.study.seeds, tuple(experiment.study.regimes), tuple(methods), cells)
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """study.json: what scripts read. Keys change together with ``schema`` or not at all.
+
+    ``cells`` hold each method's scores and cost; ``summary`` holds, by regime, method and measure, the mean over seeds, its
+    95 % interval (null for one seed), the number of seeds, and ``less``: the same of main method less this one.
+    """
+    return {
+        "schema": SCHEMA,
+        "name": study.name,
+        "written": time.time(),
+        "seeds": list(study.seeds),
+        "regimes": list(study.regimes),
+        "methods": list(study.methods),
+        "measures": {name: {"title": one.title, "unit": one.unit, "better": one.better} for name, one in MEASURES.items()},
+        "interval": "Student's t over seeds, 95 %",
+        "cells": [_cell_json(cell) for cell in study.cells],
+        "summary": {
+            regime: {method: _method_json(study, regime, method) for method in study.methods} for regime in study.regimes
+        },
+        "recovered_gap": {
+            regime: {
+                pooled: {measure: study.recovered_gap(regime, measure, pooled) for measure in MEASURES} for pooled in POOLED
+            }
+            for regime in study.regimes
+        },
+    }
+
+
+def step_key(experiment: config.Experiment, stage: config.Stage, stream: str) -> str:
+    """What decides how long an optimiser step of a stage takes at a site of a stream; the key of costs.json."""
+    decides = [
+        experiment.model.model_dump(mode="json"),
+        [experiment.data.image_size, experiment.data.max_words, experiment.federation.precision],
+        stage.objectives.model_dump(mode="json"),
+        stage.optimiser.kind,
+    ]
+    short = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{stream}/{stage.batch_size}/{short}"
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    return {
+        "regime": cell.regime,
+        "seed": cell.seed,
+        "state": cell.state,
+        "cause": cell.cause,
+        "folder": f"{cell.regime}/seed-{cell.seed}",
+        "methods": {
+            name: {
+                "scores": dict(result.scores),
+                "steps": result.cost.steps,
+                "examples": dict(result.cost.examples),
+                "core_s": result.cost.core_s,
+                "bytes_up": result.cost.bytes_up,
+                "site": result.site,
+            }
+            for name, result in cell.methods.items()
+        },
+    }
+
+
+def _method_json(study: Study, regime: str, method: str) -> dict[str, Any]:
+    found = {}
+    for measure in MEASURES:
+        own = study.estimate(regime, method, measure)
+        if own is not None:
+            less = study.difference(regime, method, measure) if method != MAIN else None
+            found[measure] = _estimate_json(own) | {"less": None if less is None else _estimate_json(less)}
+    return found
+
+
+def _estimate_json(one: Estimate) -> dict[str, Any]:
+    interval = None if one.interval is None else list(one.interval)
+    return {
+        "mean": one.mean,
+        "ci95": interval,
+        "n": one.num_seeds,
+        "by_seed": {str(key): value for key, value in one.by_seed.items()},
+    }
+
+
+def _step_costs(folder: Path) -> dict[str, float]:
+    """CPU seconds of an optimiser step by ``step_key``; empty where nobody measured them."""
+    found = read_json(folder / COSTS)
+    steps = found.get("steps") if isinstance(found, dict) else None
+    return {str(key): float(value) for key, value in steps.items()} if isinstance(steps, dict) else {}
+
+
+def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, float]) -> Cell:
+    manifest, report = read_json(folder / "manifest.json"), read_json(folder / "report.json")
+    said = manifest if isinstance(manifest, dict) else {}
+    state: State = "unfinished"
+    if said.get("state") == "failed":
+        state = "failed"
+    elif said.get("state") == "completed" and isinstance(report, dict):
+        state = "completed"
+    branches = _branches(report) if state == "completed" else _finished(folder)
+    methods = {}
+    for name, branch in branches.items():
+        run = folder if name == MAIN else folder / "baselines" / branch.get("site", name)
+        methods[name] = Result(_scores(branch["evaluation"]), _cost(run, step_costs), branch.get("site"))
+    return Cell(regime, seed, state, said.get("cause"), methods)
+
+
+def _branches(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The main method and its baselines from report.json, in its order."""
+    return {MAIN: {"evaluation": report["evaluation"]}} | dict(report["baselines"])
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """What an unfinished cell has evaluated so far, oldest first."""
+    places = {MAIN: folder} | {path.name: path for path in (folder / "baselines").glob("*")}
+    found = {}
+    for name, place in places.items():
+        path = place / "evaluation" / "evaluation.json"
+        kept = read_json(path)
+        if isinstance(kept, dict) and "report" in kept:
+            found[name] = (path.stat().st_mtime, {"evaluation": kept["report"]})
+    return {name: branch for name, (_, branch) in sorted(found.items(), key=lambda item: item[1][0])}
+
+
+def _scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    parsed = Evaluation.model_validate(evaluation)
+    values = {name: measure.read(parsed).value for name, measure in MEASURES.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
+    """From what the run folder recorded: a pooled run says it itself, a federated one in the rows of its sites."""
+    training = read_json(run / "training.json")
+    if isinstance(training, dict):
+        return Cost(int(training["steps"]), dict(training["examples"]), float(training["core_s"]), 0)
+    if not (run / "metrics.jsonl").exists():
+        return Cost(core_s=0.0, bytes_up=0)  # never trained
+    experiment = config.load(run / "config.yaml")
+    stages = {stage.name: stage for stage in experiment.stages}
+    streams = {site.name: site.stream for site in experiment.data.sites}
+    steps, bytes_up, examples, core_s = 0, 0, dict[str, int](), 0.0
+    for row in _site_rows(run / "metrics.jsonl"):
+        stage = stages[row["stage"]]
+        steps += stage.local_steps
+        core_s += stage.local_steps * step_costs.get(step_key(experiment, stage, streams[row["site"]]), math.nan)
+        bytes_up += int(row["values"].get("comm/bytes_up", 0))
+        for stream in ("image", "text", "paired"):
+            examples[stream] = examples.get(stream, 0) + int(row["values"].get(f"data/{stream}", 0))
+    return Cost(steps, examples, core_s if math.isfinite(core_s) else None, bytes_up)
+
+
+def _site_rows(path: Path) -> list[dict[str, Any]]:
+    """One row for every update that was taken; a line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("event") == "site":
+            rows.append(row)
+    return rows

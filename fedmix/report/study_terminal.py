@@ -1,0 +1,68 @@
+"""A study in the terminal: tables that fit the screen, with every interval in the line below its value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedmix.report.comparison import COSTS, Comparison, CostRow, gap_sentence
+from fedmix.report.measures import Cell, Grid, Measure
+from fedmix.report.terminal import printable
+
+COST_SHORT = dict(zip(COSTS, ("steps", "images", "reports", "pairs", "core s", "sent"), strict=True))
+INTERVAL_COLUMN = 8  # columns of a value such as ±0.012, with the gap to the next
+
+
+def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
+    """A study for a terminal of so many columns: per regime means, differences and costs, as many measures as fit side by
+    side; a value's interval is in the line below it.
+    """
+    yield Text.assemble((printable(one.name), "bold"), f"  {one.standing}")
+    for regime in one.regimes:
+        yield Text.assemble("\n", (printable(regime.name), "bold"), (f"  {regime.num_seeds}", "dim"))
+        yield from _split(regime.means, "mean", width)
+        if regime.differences.rows:
+            yield from _split(regime.differences, "fedmix less", width)
+        yield _cost_table(regime.costs)
+        yield from (Text(gap_sentence(gap), style="dim") for gap in regime.gaps)
+    yield Text("\n" + " ".join(one.notes), style="dim")
+
+
+def _split(grid: Grid, first_column: str, width: int) -> Iterator[Table]:
+    """A grid as one table, or as several where its measures do not fit side by side."""
+    names = 2 + max(len(row.name) for row in grid.rows)
+    step = max(1, (width - names) // INTERVAL_COLUMN)
+    for start in range(0, len(grid.measures), step):
+        chosen = slice(start, start + step)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column(first_column, no_wrap=True)
+        for measure in grid.measures[chosen]:
+            table.add_column(Text(measure.short, justify="right"), justify="right", no_wrap=True)
+        for row in grid.rows:
+            style = "bold cyan" if row.kind == "main" else ""
+            table.add_row(Text(printable(row.name), style=style), *map(_two_lines, grid.measures[chosen], row.cells[chosen]))
+        yield table
+
+
+def _two_lines(measure: Measure, cell: Cell | None) -> Text:
+    """A value, and below it how far its interval reaches to either side."""
+    if cell is None:
+        return Text()
+    text = Text(cell.text.removesuffix(" %"), style="bold" if cell.is_best else "")
+    if cell.score.interval is not None:
+        half = (cell.score.interval[1] - cell.score.interval[0]) / 2
+        text.append(f"\n±{measure.show(half).removesuffix(' %')}", style="dim not bold")
+    return text
+
+
+def _cost_table(rows: Sequence[CostRow]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("took", no_wrap=True)
+    for title in COSTS:
+        table.add_column(Text(COST_SHORT[title], justify="right"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(printable(row.name), style="bold cyan" if row.kind == "main" else ""), *row.texts)
+    return table

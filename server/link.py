@@ -1,0 +1,104 @@
+"""A SuperLink's Grid, made fit for rounds that no single site may end and no number of sites may fill memory with.
+
+Flower pulls every reply that has come in one call, holds them all, and raises if one of them cannot be decoded or the
+link answers one request with an error; by then it has confirmed the replies before that one, and they are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+UNREADABLE = 1006
+PULL_S = 0.5  # a reply ends the wait; this is how long nothing at all may happen
+log = logging.getLogger(__name__)
+
+
+class LinkGrid(Grid):
+    """Asks for one reply at a time, so that memory holds one and a bad one costs its site alone.
+
+    Flower itself repeats a request for as long as the SuperLink cannot be reached; what it does not repeat (an answer
+    like 500) is asked again here, until the round's deadline. A run that was stopped ends the loop: Flower's
+    RunNotRunningException is no Exception, and passes.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def set_run(self, run: Any) -> None:
+        """Flower's own business."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run's record at the SuperLink."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the nodes that are connected now."""
+        try:
+            return list(self._grid.get_node_ids())
+        except httpx.HTTPStatusError as error:
+            log.warning("the SuperLink cannot tell its nodes: %s", error.response.status_code)
+            return []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages one by one; the id of one that the SuperLink would not take is empty."""
+        ids: list[str] = []
+        for message in messages:
+            try:
+                ids.extend(one or "" for one in self._grid.push_messages([message]))
+            except (httpx.HTTPStatusError, ObjectPushError) as error:
+                log.warning("the SuperLink did not take a message: %s", type(error).__name__)
+                ids.append("")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """One reply to any of these messages, if one has come; otherwise none, after a moment."""
+        for message_id in message_ids:
+            try:
+                replies = list(self._grid.pull_messages([message_id]))
+            except httpx.HTTPStatusError as error:
+                log.warning("the SuperLink cannot hand over a reply: %s", error.response.status_code)
+                continue
+            except Exception as error:  # whatever the decoder trips over, it is this one reply that is wrong
+                log.warning("a reply cannot be read: %s", type(error).__name__)
+                return [_unreadable(message_id)]
+            # The site writes this id into its reply, and Flower does not compare it with the one that was answered.
+            if replies and replies[0].metadata.reply_to_message_id != message_id:
+                return [_unreadable(message_id)]
+            if replies:
+                return replies
+        time.sleep(PULL_S)
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for the replies, at most ``timeout`` seconds."""
+        waiting = {one for one in self.push_messages(messages) if one}
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while waiting and time.monotonic() < deadline:
+            for reply in self.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+        return replies
+
+
+def _unreadable(message_id: str) -> Message:
+    """What a round takes in place of a reply that cannot be decoded."""
+    asked = Message(RecordDict(), 0, "train")
+    asked.metadata.__dict__["_message_id"] = message_id
+    return Message(Error(code=UNREADABLE, reason="its reply cannot be decoded; are both of one version?"), reply_to=asked)

@@ -1,0 +1,9 @@
+"""Every bench and its cases by name, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from simulations.bench import Line, federation
+
+BENCHES: dict[str, dict[str, Callable[[], Line]]] = {"federation": federation.CASES}

@@ -1,0 +1,191 @@
+"""A study as tables and drawings: nothing is lost on a narrow screen, and panels of one measure share an axis."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from synthetic_study import LEVELS
+from synthetic_study import write_study as written
+
+from fedmix.report import charts, comparison
+from fedmix.report.comparison import compared, signed
+from fedmix.report.html import write_study
+from fedmix.report.study import MEASURES, read_study
+from fedmix.report.study_terminal import study_tables
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return written(tmp_path / "study")
+
+
+def screen(folder: Path, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for part in study_tables(compared(read_study(folder)), width):
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# ---- tables
+
+
+def test_a_difference_has_its_sign_and_zero_has_none() -> None:
+    psnr, recall = MEASURES["psnr_db"], MEASURES["image_to_text_r10"]
+    assert signed(psnr, 0.168) == "+0.17"
+    assert signed(psnr, -0.168) == "\N{MINUS SIGN}0.17"
+    assert signed(psnr, -0.0001) == "0.00"
+    assert signed(recall, 0.0312) == "+3.1", "in percentage points"
+
+
+def test_tables_hold_means_differences_and_mark_what_is_clear(folder: Path) -> None:
+    plentiful, scarce = compared(read_study(folder)).regimes
+    column = list(MEASURES).index("psnr_db")
+    means = {row.name: row.cells[column] for row in plentiful.means.rows}
+    assert means["fedmix"] is not None
+    assert means["fedmix"].text == "20.72"
+    assert [name for name, cell in means.items() if cell and cell.is_best] == ["centralised"]
+    assert plentiful.means.rows[0].kind == "main"
+    less = {row.name: row.cells[column] for row in scarce.differences.rows}
+    assert "fedmix" not in less
+    assert less["paired only"] is not None
+    assert less["paired only"].text == "+2.49"
+    assert less["paired only"].is_best, "the interval leaves zero out"
+    narrow = plentiful.differences.rows[0].cells[column]
+    assert narrow is not None
+    # Differences of .02, .04 and .02 in level: mean .0267, half width .0287, so zero is inside.
+    assert (narrow.text, narrow.is_best) == ("+0.22", False)
+
+
+def test_costs_and_gaps_are_told_and_an_untrained_model_costs_nothing(folder: Path) -> None:
+    plentiful = compared(read_study(folder)).regimes[0]
+    rows = {row.name: row.texts for row in plentiful.costs}
+    assert rows["fedmix"] == ("8", "8", "8", "16", "9.5", "4 kB")
+    assert "random init" not in rows
+    [gap] = plentiful.gaps
+    assert ("PSNR", "75 %") in gap.texts
+    assert "Recovered gap from the best site to centralised: " in comparison.gap_sentence(gap)
+
+
+def test_no_gap_is_said_in_words(tmp_path: Path) -> None:
+    worse = {regime: [seed | {"centralised": 0.1} for seed in seeds] for regime, seeds in LEVELS.items()}
+    [gap] = compared(read_study(written(tmp_path / "study", worse))).regimes[0].gaps
+    assert gap.texts == ()
+    assert "none to recover in Zero-shot AUROC" in comparison.gap_sentence(gap)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_terminal_shows_every_number_at_any_width(folder: Path, width: int) -> None:
+    text = screen(folder, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "6 of 6 cells" in text
+    for one in compared(read_study(folder)).regimes:
+        for grid in (one.means, one.differences):
+            for row in grid.rows:
+                assert row.name in text
+                assert all(cell is None or cell.text.removesuffix(" %") in text for cell in row.cells)
+    assert "…" not in text, "nothing is cut"
+    assert "±0.83" in text  # of fedmix's PSNR: 8.4 x .04 x 4.303 / sqrt 3
+
+
+def test_an_unfinished_study_says_so_everywhere(tmp_path: Path) -> None:
+    folder = written(tmp_path / "study", {"plentiful": LEVELS["plentiful"][:1]})
+    told = "1 of 6 cells (2 regimes, 3 seeds) are complete."
+    assert told in screen(folder, 80)
+    found = compared(read_study(folder))
+    assert [regime.name for regime in found.regimes] == ["plentiful"]
+    assert "±" not in screen(folder, 80)
+    for suffix in (".html", ".md"):
+        assert told in write_study(tmp_path / f"page{suffix}", [read_study(folder)]).read_text()
+
+
+def test_a_study_of_which_nothing_is_there_yet_is_a_page_too(tmp_path: Path) -> None:
+    folder = written(tmp_path / "study", {})
+    assert "0 of 6 cells" in screen(folder, 80)
+    assert "No method has been evaluated yet." in write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
+
+
+# ---- drawings and pages
+
+
+def test_panels_of_a_measure_share_an_axis_and_better_numbers_lie_where_the_axis_says(folder: Path) -> None:
+    for figure in compared(read_study(folder)).figures:
+        first, second = figure.panels
+        assert first.ticks == second.ticks
+        for panel in figure.panels:
+            start, stop = charts.BAR_LEFT, charts.WIDTH - charts.INTERVAL_RIGHT
+            for one in panel.whiskers:
+                assert all(start - 1e-6 <= x <= stop + 1e-6 for x in (one.x, *(one.interval or ()), *one.dots))
+            assert panel.line == panel.whiskers[0].x
+            assert panel.whiskers[-1].y < panel.height - charts.BOTTOM
+    psnr = next(figure for figure in compared(read_study(folder)).figures if figure.title.startswith("PSNR"))
+    places = {one.name: one.x for one in psnr.panels[0].whiskers}
+    assert places["best site"] < places["paired only"] < places["fedmix"] < places["centralised"]
+
+
+def test_an_interval_beyond_the_axis_is_cut_and_says_so() -> None:
+    measure = MEASURES["psnr_db"]
+    rows = [
+        charts.IntervalRow("a", "main", 2.0, (-0.5, 4.5), (1.0, 2.0, 3.0)),
+        charts.IntervalRow("b", "baseline", 2.5, (1.5, 3.0), (2.0, 2.5, 3.0)),
+        charts.IntervalRow("c", "baseline", 1.0, None, (1.0,)),
+    ]
+    wide, narrow, single = charts.interval_panel("one", rows, [1.0, 2.0, 3.0], measure).whiskers
+    assert wide.is_cut == (True, True)
+    assert wide.interval == (charts.BAR_LEFT, charts.WIDTH - charts.INTERVAL_RIGHT)
+    assert narrow.is_cut == (False, False)
+    assert single.interval is None
+    assert single.dots == (), "a seed that is the mean is not drawn twice"
+
+
+class Tags(HTMLParser):
+    """Counts tags and collects text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: object) -> None:
+        if tag not in ("meta", "br", "circle", "line", "path", "rect", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("circle", "line", "path", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_is_whole_self_contained_and_holds_every_method_and_regime(folder: Path, tmp_path: Path) -> None:
+    text = write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
+    page = Tags()
+    page.feed(text)
+    assert page.open == []
+    words = " ".join(" ".join(page.words).split())
+    for name in ("fedmix", "paired only", "best site", "centralised", "plentiful", "scarce", "Student's t over seeds"):
+        assert name in words
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    assert text.count("<figure>") == 2 * len(MEASURES)
+    assert "default-src 'none'" in text
+
+
+def test_names_cannot_become_markup(tmp_path: Path) -> None:
+    folder = written(tmp_path / "study")
+    report = folder / "plentiful/seed-1/report.json"
+    report.write_text(report.read_text().replace('"paired_only"', '"<b>|odd"'))
+    assert "<b>" not in write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
+    table = write_study(tmp_path / "page.md", [read_study(folder)]).read_text()
+    assert "&lt;b>\\|odd" in table
+
+
+def test_several_studies_share_a_page_under_their_names(folder: Path, tmp_path: Path) -> None:
+    found = read_study(folder)
+    text = write_study(tmp_path / "page.html", [found, found]).read_text()
+    assert text.count("<h2 id=") == len(set(re.findall(r'<h2 id="([^"]+)"', text)))
