@@ -50,6 +50,7 @@ class Engine(StrEnum):
 
     inprocess = "inprocess"
     ray = "ray"
+    superlink = "superlink"
 
 
 class StreamChoice(StrEnum):

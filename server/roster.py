@@ -16,6 +16,7 @@ from fedmix.federation.local import seed_of
 from server import messages
 
 POLL_S = 0.05
+GREETING_POLL_S = 0.5  # kinder to a link over which the sites come one by one
 GREETING_DEADLINE_S = 120.0
 
 
@@ -88,5 +89,5 @@ class Roster:
                 raise RunError(
                     f"{len(nodes)} of {len(self._experiment.data.sites)} nodes came within {GREETING_DEADLINE_S:.0f} s"
                 )
-            time.sleep(POLL_S)
+            time.sleep(GREETING_POLL_S)
         return nodes

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -61,6 +61,7 @@ class RunStore:
 
     _earlier_s: float
     _manifest: dict[str, Any]
+    _unlock: Callable[[], object]
 
     def __init__(self, folder: Path, experiment: config.Experiment, *, resume: bool) -> None:
         """Begin or take up a run. Raises RunError if the folder cannot be written, is in use, or holds another run."""
@@ -126,6 +127,15 @@ class RunStore:
             ) from None
         for stale in self._committed()[:-NUM_CHECKPOINTS]:
             shutil.rmtree(stale, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let another process take the run up; meanwhile this one only waits, and then reads what was committed."""
+        self._unlock()
+        try:
+            yield
+        finally:
+            self._lock()
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows to metrics.jsonl."""
@@ -198,7 +208,7 @@ class RunStore:
     def _lock(self) -> None:
         """Keep the folder to this process while it lives; the kernel lets go of it however the process ends."""
         handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, handle)
+        self._unlock = weakref.finalize(self, os.close, handle)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,8 +29,9 @@ from server.model_folder import save_model
 from server.store import Parameters, RunStore
 from simulations import baselines, engine
 from simulations.partition import prepare_sites
+from simulations.superlink import run_on_superlink
 
-EngineName = Literal["inprocess", "ray"]
+EngineName = Literal["inprocess", "ray", "superlink"]
 OnMethod = Callable[[str], None]
 MAIN = "fedmix"  # what the method of the run itself is called beside its baselines
 
@@ -110,11 +112,20 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
             Place(site.name, store.folder / "config.yaml", ready.shards[site.name], store.folder / "sites" / site.name)
             for site in experiment.data.sites
         ]
-        app = build_app(experiment, store, watch=ready.view.update, held_out=ready.held_out)
         threads = experiment.federation.threads_per_site
         num_workers = experiment.federation.workers or engine.default_workers(len(places), threads)
+        app = build_app(
+            experiment,
+            store,
+            watch=ready.view.update,
+            held_out=ready.held_out,
+            evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * threads,
+        )
         if ready.engine == "ray":
             engine.run_on_ray(app, places, num_workers=num_workers, threads_per_site=threads)
+        elif ready.engine == "superlink":
+            with store.lent():
+                run_on_superlink(store.folder, places, threads_per_site=threads, watch=ready.view.update)
         else:
             engine.run_in_process(app, places, num_workers=num_workers)
         committed = store.latest()
