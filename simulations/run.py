@@ -22,6 +22,7 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
 from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
+from fedmix.federation import robust
 from fedmix.report import html, summary
 from server import held_out as central
 from server.app import build_app, quick_evaluation
@@ -260,8 +261,22 @@ def _write_report(experiment: config.Experiment, store: RunStore, evaluation: di
             "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),
             "overhead_ratio": totals["rounds_s"] / totals["local_train_s"],
         },
+        aggregation={
+            "rule": experiment.aggregation.rule,
+            "combine": experiment.aggregation.combine,
+            "promises": _promises(experiment),
+        },
     )
     summary.write_json(store.folder / "report.json", report)
+
+
+def _promises(experiment: config.Experiment) -> list[str]:
+    """What aggregation promises in each stage, with the experiment's sites."""
+    return [
+        f"stage {stage.name}, {promise}"
+        for stage in experiment.stages
+        for promise in robust.promises(robust.num_sites_of_tower(stage, experiment.data.sites), experiment.aggregation)
+    ]
 
 
 def _told(result: Mapping[str, Any]) -> dict[str, Any]:

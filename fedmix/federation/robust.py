@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from fedmix import config
-from fedmix.federation.update import Tower
+from fedmix.federation.update import REACHED_BY, Tower
 
 MIN_SITES_OF_CLIP = 3  # the median of two lengths is swayed by either
 MIN_SITES_OF_MEDIAN = 3
@@ -60,6 +60,15 @@ def promises(num_sites_of_tower: Mapping[Tower, int], settings: config.Aggregati
         for tower, num_sites in num_sites_of_tower.items()
         if num_sites > 0
     ]
+
+
+def num_sites_of_tower(stage: config.Stage, sites: Sequence[config.Site]) -> dict[Tower, int]:
+    """How many of an experiment's sites train each tower in a stage."""
+    taking_part = config.sites_of(stage, sites)
+    counts = {tower: sum(site.stream in streams for site in taking_part) for tower, streams in REACHED_BY.items()}
+    if stage.objectives.contrast + stage.objectives.match == 0:
+        counts["pair"] = 0
+    return counts
 
 
 def _promise(num_sites: int, settings: config.Aggregation) -> str:

@@ -31,7 +31,13 @@ def what_happened(report: Report, history: History) -> list[str]:
 
 def limits(report: Report, source: str | None) -> list[str]:
     """What this run cannot tell, from what it did and did not do."""
-    return [*_data_limits(source), *_seed_limits(report), *_baseline_limits(report), *_privacy_limits(report)]
+    return [
+        *_data_limits(source),
+        *_seed_limits(report),
+        *_baseline_limits(report),
+        *_privacy_limits(report),
+        *_trust_limits(report),
+    ]
 
 
 def _who(report: Report) -> Iterator[str]:
@@ -176,6 +182,12 @@ def _privacy_limits(report: Report) -> Iterator[str]:
     unit = f" for each {privacy.unit}" if privacy.unit else ""
     accountant = f", by the {privacy.accountant} accountant" if privacy.accountant else ""
     yield f"Privacy mode: {privacy.mode}, epsilon = {privacy.epsilon:g}{delta}{unit}{accountant}."
+
+
+def _trust_limits(report: Report) -> Iterator[str]:
+    """What a wrong or malicious site can do, which the number of sites decides."""
+    if report.aggregation is not None:
+        yield from (f"Against a wrong site, {promise}" for promise in report.aggregation.promises)
 
 
 def _either(names: Sequence[str]) -> str:

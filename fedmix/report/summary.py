@@ -190,6 +190,14 @@ class Privacy(Open):
     accountant: str | None = None
 
 
+class Aggregation(Open):
+    """How updates were added up, and what that promises against wrong sites, one sentence a tower and stage."""
+
+    rule: str
+    combine: str
+    promises: tuple[str, ...] = ()
+
+
 class Timing(Closed):
     """Seconds; ``overhead_ratio`` is wall time of the rounds over time in which at least one site was training."""
 
@@ -211,6 +219,7 @@ class Report(Closed):
     communication: Communication
     privacy: Privacy
     timing: Timing
+    aggregation: Aggregation | None = None
 
 
 def build_report(
@@ -222,8 +231,9 @@ def build_report(
     communication: Mapping[str, Any],
     privacy: Mapping[str, Any],
     timing: Mapping[str, Any],
+    aggregation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The checked content of report.json from its pieces, one argument for each of its blocks, hence seven.
+    """The checked content of report.json from its pieces, one argument for each of its blocks, hence eight.
 
     ``baselines`` maps a name to ``{"evaluation": {...}}``. Raises RunError that names every wrong key.
     """
@@ -236,7 +246,7 @@ def build_report(
         "communication": dict(communication),
         "privacy": dict(privacy),
         "timing": dict(timing),
-    }
+    } | ({"aggregation": dict(aggregation)} if aggregation is not None else {})
     return parse_report(pieces).model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 from sites import IMAGE, SHAPES, SHARED, added, first, site
 
 from fedmix import config
-from fedmix.federation.robust import clip_factors, middle, num_cut, promises
+from fedmix.federation.robust import clip_factors, middle, num_cut, num_sites_of_tower, promises
 from fedmix.federation.update import Update
 
 MEDIAN = config.Aggregation(combine="median", clip=None)
@@ -220,3 +220,12 @@ def test_promises_say_where_trim_leaves_out_nobody_and_where_nothing_is_clipped(
     (one,) = promises({"shared": 9}, config.Aggregation(combine="trimmed_mean", trim=0.1, clip=None))
     assert "aggregation.trim = 0.1 leaves out none of 9 sites, so the trimmed mean is not used here" in one
     assert "its own length, which screening alone bounds" in one
+
+
+def test_a_tower_is_trained_by_the_sites_whose_streams_reach_it() -> None:
+    sites = [config.Site(name=name, stream=stream, shard=f"/{name}") for name, stream in
+             (("a", "image"), ("b", "image"), ("c", "text"), ("d", "paired"))]  # fmt: skip
+    stage = config.Stage(name="s", rounds=1)
+    assert num_sites_of_tower(stage, sites) == {"shared": 4, "image": 3, "text": 2, "pair": 0}
+    aligning = config.Stage(name="s", rounds=1, streams=("paired", "text"), objectives={"contrast": 1.0})
+    assert num_sites_of_tower(aligning, sites) == {"shared": 2, "image": 1, "text": 2, "pair": 1}

@@ -56,3 +56,11 @@ def test_limits_name_the_baselines_that_were_not_run_and_the_missing_privacy_bou
     assert "epsilon = 3, delta = 1e-05 for each patient, by the PRV accountant" in " ".join(
         narrative.limits(report(privacy=bounded), None)
     )
+
+
+def test_limits_say_what_the_number_of_sites_lets_aggregation_promise() -> None:
+    facts = {"rule": "modality_aware", "combine": "mean", "promises": ["image tower, 2 sites: bounded influence and no more."]}
+    assert "Against a wrong site, image tower, 2 sites: bounded influence and no more." in narrative.limits(
+        report(aggregation=facts), None
+    )
+    assert not any("wrong site" in sentence for sentence in narrative.limits(report(), None))
