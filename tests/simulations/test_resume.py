@@ -10,15 +10,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from deaths import DEATHS, Death, ended, forked
-from little import ROOT, World, command, fedmix, values
+from flwr.app import Message
+from little import ROOT, DirectGrid, World, command, fedmix, values, write_config
 
 from fedmix import config
 from fedmix.federation.update import digest
@@ -28,15 +28,11 @@ from server.store import _read_checkpoint as read_checkpoint
 pytestmark = pytest.mark.e2e
 
 
-def smoke(folder: Path) -> Path:
-    """The smoke run with a few rounds more, so that there is something to kill."""
-    wanted: dict[str, Any] = yaml.safe_load((ROOT / "configs/smoke.yaml").read_text())
-    wanted["data"]["cache"] = str(folder / "phantoms")
+def seven_rounds(folder: Path) -> Path:
+    """The little experiment with some rounds more, so that there is something to kill."""
+    wanted = values(folder)
     wanted["stages"][0]["rounds"], wanted["stages"][1]["rounds"] = 3, 4
-    wanted["baselines"] = {}
-    path = folder / "smoke.yaml"
-    path.write_text(yaml.safe_dump(wanted))
-    return path
+    return write_config(folder, wanted)
 
 
 def killed(arguments: list[str], when: Callable[[], bool]) -> bool:
@@ -93,14 +89,14 @@ def ordered(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def test_a_run_killed_at_many_points_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    path = smoke(tmp_path)
+    path = seven_rounds(tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert fedmix("simulate", path, "--out", whole).returncode == 0
     arguments = command("simulate", path, "--out", broken)
     chance = random.Random(20)
     num_kills = 0
-    # After a round was told; some random moments after that, in the middle of the next; and once everything is trained.
-    for wanted_round, delay in ((1, 0.0), (2, 0.05), (3, chance.uniform(0.0, 0.5)), (5, chance.uniform(0.0, 0.5)), (7, 0.3)):
+    # After a round was told; a random moment after that, in one of the next; and once everything is trained.
+    for wanted_round, delay in ((1, 0.0), (3, chance.uniform(0.0, 0.1)), (7, 0.3)):
         moment: list[float] = []
 
         def has_come(goal: int = wanted_round, later: float = delay, seen: list[float] = moment) -> bool:
@@ -111,7 +107,7 @@ def test_a_run_killed_at_many_points_ends_in_the_same_bytes(tmp_path: Path) -> N
         num_kills += killed(arguments, has_come)
         if "--resume" not in arguments:
             arguments.append("--resume")
-    assert num_kills >= 4
+    assert num_kills >= 2
     partial = broken / "checkpoints/.round-00099.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
@@ -234,18 +230,26 @@ def test_kills_at_any_moment_and_any_call_to_the_disk_cost_no_bit_and_no_row(
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit"])
-def test_a_damaged_checkpoint_costs_one_round_and_no_bit(damage: str, tmp_path: Path) -> None:
-    path = smoke(tmp_path)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert fedmix("simulate", path, "--out", whole).returncode == 0
-    # Killed in round 7, when its site may already have finished it.
-    assert killed(command("simulate", path, "--out", broken), lambda: last_round(broken) >= 6)
-    newest = sorted((broken / "checkpoints").glob("round-*"))[-1] / "model.safetensors"
-    data = bytearray(newest.read_bytes())
-    if damage == "one bit":
-        data[-1000] ^= 4
-    newest.write_bytes(data if damage == "one bit" else data[: len(data) // 2])
-    resumed = fedmix("simulate", path, "--out", broken, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert (broken / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-    assert ordered(told(broken)) == ordered(told(whole))
+@pytest.mark.parametrize("member", ["model.safetensors", "outer.safetensors", "round.json"])
+def test_a_damaged_checkpoint_costs_one_round_and_no_bit(member: str, damage: str, whole: Whole, tmp_path: Path) -> None:
+    """Stopped in the ninth round, when its sites may already have finished it."""
+
+    class Stops(DirectGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            if any(reply.content.config_records.get("receipt", {}).get("round") == 9 for reply in replies):
+                raise KeyboardInterrupt
+            return replies
+
+    world = World(tmp_path, whole.wanted)
+    with pytest.raises(KeyboardInterrupt):
+        world.run(Stops(world.places, {}))
+    run = world.store.folder
+    assert newest(run) == 8
+    path = run / "checkpoints/round-00008" / member
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data if damage == "one bit" else data[: len(data) // 2])
+    committed = World(tmp_path, whole.wanted, resume=True).run()
+    assert (digest(committed.parameters), digest(committed.outer)) == (whole.parameters, whole.outer)
+    assert ordered(told(run)) == whole.rows
