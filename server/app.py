@@ -43,14 +43,17 @@ def build_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         tokenizer = Tokenizer.load(experiment.data.tokenizer)
-        initial = central.parameters_of(central.initial_model(experiment, tokenizer))
         evaluate = quick_evaluation(experiment, store, watch, held_out) if held_out is not None else None
+
+        def initial() -> Parameters:
+            return central.parameters_of(central.initial_model(experiment, tokenizer))
+
         if evaluate is None or not evaluates_beside:
-            RoundLoop(grid, experiment, store, watch=watch, on_committed=evaluate).run(initial)
+            RoundLoop(grid, experiment, store, watch=watch, on_committed=evaluate).run(initial())
             return
         with Beside(evaluate) as beside:
             loop = RoundLoop(grid, experiment, store, watch=watch, on_committed=beside.start, before_commit=beside.wait)
-            loop.run(initial)
+            loop.run(initial())
 
     return app
 

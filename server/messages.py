@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -24,6 +24,8 @@ from fedmix.errors import UpdateError
 from fedmix.federation.update import typed
 
 FEDMIX_CODES = range(1000, 1100)  # errors raised by fedmix at a site or in an engine; their reasons are written to be shown
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
+
 NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
 REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "deltas"}
@@ -140,12 +142,8 @@ def read_reply(message: Message, order: Order) -> Reply:
     content = message.content
     if set(content) - REPLY_RECORDS:
         raise UpdateError(f"reply carries {len(set(content) - REPLY_RECORDS)} records that nobody asked for")
-    try:
-        receipt, examples = content.config_records["receipt"], content.metric_records["examples"]
-        record, metrics = content.array_records["deltas"], content.metric_records["metrics"]
-        moments = content.metric_records["second_moments"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UpdateError(f"reply is not of the form this version understands ({type(error).__name__})") from None
+    receipt, record = _record(content, "receipt", ConfigRecord), _record(content, "deltas", ArrayRecord)
+    examples, metrics, moments = (_record(content, name, MetricRecord) for name in ("examples", "metrics", "second_moments"))
     expected = {
         "site": order.site.name,
         "run": order.run,
@@ -182,6 +180,16 @@ def reason(message: Message) -> str:
         return f"Flower error {code}; the node's own log has the details"
     text = "".join(sign if sign.isprintable() else " " for sign in message.error.reason)
     return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "..."
+
+
+def _record(content: RecordDict, name: str, kind: type[Record]) -> Record:
+    """A record by its name. Flower's ``content.array_records`` holds the content in a reference cycle, until Python looks for
+    such, and with it the whole update.
+    """
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise UpdateError(f"reply is not of the form this version understands: {name!r} is missing or of another kind")
+    return record
 
 
 def _view(array: Array) -> NDArray[Any]:

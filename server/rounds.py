@@ -7,6 +7,8 @@ and never a success; and after some failed rounds in a row the run stops and say
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,7 @@ from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
 
 MAX_DIAGNOSED = 32  # sites
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20  # mallopt(3); bytes
 
 Watch = Callable[[Mapping[str, Any]], None]
 
@@ -95,7 +98,9 @@ class RoundLoop:
 
     def run(self, initial: Parameters) -> Committed:
         """Train every round that is not yet committed; returns where the run stands at the end."""
+        _give_back_large_blocks()
         committed = self._store.latest() or Committed(0, initial, {}, {})
+        del initial  # a whole model, needed no longer than the first round
         if committed.round_number:
             self._tell(committed)  # a kill may have come between the commit and what follows it
         if committed.round_number < self._experiment.num_rounds:
@@ -152,6 +157,7 @@ class RoundLoop:
                     waiting |= self._send_whole(current, committed, sent)
                 elif sent is not None:
                     self._take(message, sent, current, screen, spool)
+                del message
             if waiting and not came:
                 time.sleep(max(0.0, POLL_S - (time.monotonic() - asked)))
         for sent in waiting.values():
@@ -347,6 +353,12 @@ class RoundLoop:
         row = row_of(event, stage=current.stage.name, round_number=current.number, site=site, values=values)
         current.rows.append(row)
         self._watch(row)
+
+
+def _give_back_large_blocks() -> None:
+    """Have the C library return tensors to the system when they are freed; else it keeps several models' worth for later."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which has its own ways
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def for_stream(parameters: Parameters, stream: config.StreamName) -> Parameters:

@@ -162,9 +162,10 @@ def reach(parameters: Mapping[str, Tensor], stages: Sequence[config.Stage], wire
 
     Give the stages so far: what coding lost in one may be sent in the next. The learning rates fall from their peak, so S
     steps sum to at most S lr. AdamW moves an entry by at most ``ADAMW_STEP`` lr a step, whatever the gradient, and Muon a
-    matrix by ``MUON_STEP`` lr sqrt(rows); decay adds lr times weight_decay times the parameter's own length:
+    matrix by ``MUON_STEP`` lr sqrt(rows). Decay takes lr weight_decay of the parameter a step, and shrinks what was moved
+    before it, so
 
-        |theta_S - theta_0| <= S (step + lr weight_decay |theta_0|) exp(S lr weight_decay)    (Gronwall)
+        |theta_S - theta_0| <= S lr (step + weight_decay |theta_0|)    while lr weight_decay <= 1
     """
     squares: dict[str, float] = {}
     for name, value in parameters.items():
@@ -257,8 +258,7 @@ def _way(name: str, shape: tuple[int, ...], length: float, steps: int, optimiser
     else:
         slack = AGGREGATED_SLACK if optimiser.second_moment == "aggregated" else 1.0
         rate, step = optimiser.lr, slack * ADAMW_STEP * math.sqrt(math.prod(shape))
-    decay = rate * optimiser.weight_decay
-    return steps * (rate * step + decay * length) * math.exp(steps * decay)
+    return steps * rate * (step + optimiser.weight_decay * length)
 
 
 def _stretch(columns: int, wire: config.Wire) -> float:

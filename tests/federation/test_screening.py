@@ -409,6 +409,22 @@ def test_honest_updates_pass_over_warm_up_decay_and_stages_and_scaled_ones_never
     assert highest < 0.5
 
 
+@pytest.mark.parametrize(
+    ("wire", "least"),
+    [(config.Wire(keep=0.1), 2.5), (config.Wire(coding="int4", error_feedback=False), 1.1)],
+    ids=["top", "int4"],
+)
+def test_what_coding_adds_to_the_length_of_an_update_is_within_reach(wire: config.Wire, least: float) -> None:
+    """Of equal values a tenth is sent, later with all that was not; small values beside a large one are rounded up."""
+    delta = torch.ones(1, 100) if wire.keep < 1 else torch.full((1, 3000), 0.01).index_fill(1, torch.tensor([0]), 1.0)
+    name, residual, longest = LOGITS, {}, 0.0
+    for _ in range(30):
+        update, residual = sent({name: delta}, residual, wire)
+        longest = max(longest, norms_of(update, {name: delta.shape})["text.head"])
+    plain, coded = (reach({name: delta}, [stage()], each)["text.head"] for each in (PLAIN, wire))
+    assert least < longest / float(delta.norm()) <= coded / plain
+
+
 def test_reach_holds_even_against_a_site_that_grows_by_what_the_median_allows() -> None:
     screen, most = Screen.from_dict({}, config.Screening(norm_bound=10.0, window=1), stage()), {"text.head": 2.0}
     for norm in (0.01, 0.09, 0.8):

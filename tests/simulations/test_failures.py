@@ -76,7 +76,8 @@ def test_any_corrupt_member_is_one_sentence(tmp_path: Path) -> None:
         file = shards["south"] / member
         whole = file.read_bytes()
         file.write_bytes(whole + b"x")
-        assert sentence(fedmix("simulate", path, "--out", tmp_path / member)).startswith(f"site south: shard member {member} ")
+        said = sentence(commanded(tmp_path, "simulate", path, "--out", tmp_path / member))
+        assert said.startswith(f"site south: shard member {member} ")
         file.write_bytes(whole)
 
 
