@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedmix.disk import errno_of, flush, reason_of
 from fedmix.errors import RunError
 
 # The server may fall back one checkpoint (server/store.py) while this site has already finished the round after its
@@ -67,7 +67,7 @@ class SiteState:
         tensors = dict(memory.moments) | {RESIDUAL + name: value for name, value in memory.residual.items()}
         if not tensors:
             return
-        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors", flush=True)
+        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors", is_flushed=True)
         files = self._files()
         later = [path for path in files if _round(path) > round_number]
         for stale in later + files[: len(files) - len(later)][:-NUM_KEPT]:
@@ -83,9 +83,9 @@ class SiteState:
     def keep_received(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep parameters, so that the next order need not carry those that have not changed."""
         # What a power failure tears is found by its hash and sent again, so the disk is not waited for.
-        self._keep("the server's parameters", parameters, self._received, flush=False)
+        self._keep("the server's parameters", parameters, self._received, is_flushed=False)
 
-    def _keep(self, what: str, tensors: Mapping[str, Tensor], path: Path, *, flush: bool) -> None:
+    def _keep(self, what: str, tensors: Mapping[str, Tensor], path: Path, *, is_flushed: bool) -> None:
         """Write a file that is there whole or not at all; flushed, even if the power fails."""
         partial = path.with_suffix(".partial")
         try:
@@ -93,11 +93,11 @@ class SiteState:
             for torn in (*self._folder.glob("*.partial"), *self._folder.glob(".tmp*")):  # safetensors' own, if it was killed
                 torn.unlink()
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-            if flush:
-                _flush(partial)
+            if is_flushed:
+                flush(partial)
             os.replace(partial, path)
-            if flush:
-                _flush(self._folder)
+            if is_flushed:
+                flush(self._folder)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{what} cannot be kept at this site: {_cause(error)}") from None
 
@@ -110,18 +110,9 @@ def _round(path: Path) -> int:
 
 
 def _cause(error: SafetensorError | OSError) -> str:
-    """What the system said and what helps, without the path that both kinds of error quote: it must not leave the site."""
-    found = re.search(r"os error (\d+)", str(error))  # how safetensors wraps the system's number
-    number = int(found[1]) if found else getattr(error, "errno", None)
+    """What the system said and what helps; no path, for it must not leave the site."""
+    number = errno_of(error)
     if number is None:
-        return f"{type(error).__name__}; see to its state folder"
+        return f"{reason_of(error)}; see to its state folder"
     is_full = number in (errno.ENOSPC, errno.EDQUOT)
-    return f"{os.strerror(number)}; {'make room in' if is_full else 'let the agent write to'} its state folder"
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return f"{reason_of(error)}; {'make room in' if is_full else 'let the agent write to'} its state folder"

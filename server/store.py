@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmix import config
+from fedmix.disk import flush, reason_of
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
 
@@ -62,6 +63,7 @@ class RunStore:
     _earlier_s: float
     _manifest: dict[str, Any]
     _unlock: Callable[[], object]
+    damaged: tuple[str, ...] = ()  # checkpoints newer than ``latest`` that cannot be read; their rounds happen again
 
     def __init__(self, folder: Path, experiment: config.Experiment, *, resume: bool) -> None:
         """Begin or take up a run. Raises RunError if the folder cannot be written, is in use, or holds another run."""
@@ -74,8 +76,7 @@ class RunStore:
             else:
                 self._begin()
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise RunError(f"cannot write the run folder {folder}: {reason}; choose another with --out") from None
+            raise RunError(f"cannot write the run folder {folder}: {reason_of(error)}; choose another with --out") from None
 
     @property
     def run_id(self) -> str:
@@ -100,10 +101,12 @@ class RunStore:
     def latest(self) -> Committed | None:
         """The newest checkpoint that is whole, or None before the first."""
         folders = self._committed()
+        self.damaged = ()
         for folder in reversed(folders):
             committed = _read_checkpoint(folder)
             if committed is not None:
                 return committed
+            self.damaged = (*self.damaged, folder.name)
         if folders:
             raise RunError(f"every checkpoint in {self._checkpoints} is damaged; start anew in another folder with --out")
         return None
@@ -118,12 +121,11 @@ class RunStore:
             _write_checkpoint(partial, committed, wall_s=self.wall_s, fingerprint=self._manifest["fingerprint"])
             shutil.rmtree(final, ignore_errors=True)  # a damaged one, which the run fell back from
             os.rename(partial, final)
-            _flush(self._checkpoints)
+            flush(self._checkpoints)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)  # safetensors wraps what the system said
             raise RunError(
-                f"cannot write the checkpoint of round {committed.round_number}: {reason}; the round before it is kept, "
-                "make room and go on with --resume"
+                f"cannot write the checkpoint of round {committed.round_number}: {reason_of(error)}; the round before it "
+                "is kept, make room and go on with --resume"
             ) from None
         for stale in self._committed()[:-NUM_CHECKPOINTS]:
             shutil.rmtree(stale, ignore_errors=True)
@@ -142,6 +144,8 @@ class RunStore:
         try:
             with self._metrics.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())  # a round is committed after its rows, and has them even if the power fails
         except OSError as error:
             raise RunError(
                 f"cannot write {self._metrics}: {error.strerror}; make room and go on with --resume, no committed round is lost"
@@ -268,7 +272,7 @@ def _write_checkpoint(folder: Path, committed: Committed, *, wall_s: float, fing
     (folder / "round.json").write_text(text)
     (folder / "round.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
 
 
 def _read_checkpoint(folder: Path) -> Committed | None:
@@ -331,14 +335,5 @@ def _commit() -> str | None:
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
-    _flush(partial)
+    flush(partial)
     os.replace(partial, path)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk confirm a file or folder before something relies on it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

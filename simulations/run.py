@@ -76,6 +76,8 @@ def simulate(
     ``running``, to be taken up with ``resume``.
     """
     store = RunStore(out, experiment, resume=resume)
+    for name in store.damaged:
+        view.say(f"checkpoint {name} is damaged and was passed over; its round is trained again")
     try:
         view.say("drawing phantoms and opening shards")
         ready = _prepare(experiment, engine_name, view)

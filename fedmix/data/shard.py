@@ -23,7 +23,6 @@ import hashlib
 import hmac
 import itertools
 import json
-import os
 import secrets
 import shutil
 from collections import Counter
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from fedmix.data.quarantine import REASONS
+from fedmix.disk import flush
 from fedmix.errors import DataError
 
 if TYPE_CHECKING:  # a hospital's preparation starts without torch
@@ -379,7 +379,7 @@ class ShardWriter:
         sealed = {**content, "seal": _seal_of(content)}
         (self._folder / "shard.json").write_text(json.dumps(sealed, indent=2, ensure_ascii=True) + "\n")
         for name in (*MEMBERS, "shard.json", "."):
-            _sync(self._folder / name)
+            flush(self._folder / name)
 
 
 def write_arrays(
@@ -531,14 +531,6 @@ def _seal_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _check_goal(path: Path, *, replace: bool) -> None:
     if not path.exists():
         return
@@ -554,7 +546,7 @@ def _rename(folder: Path, goal: Path) -> None:
     if goal.exists():
         goal.rename(older)
     folder.rename(goal)
-    _sync(goal.parent)
+    flush(goal.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ it sent infinities, and what only such sites sent nobody trained: it is not yiel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -20,8 +20,6 @@ from fedmix.federation.slabs import Group, Shapes, Slab, groups_of, norm, read, 
 from fedmix.federation.update import Contribution, rows_of
 from fedmix.federation.weights import rule_weights, step_factors
 
-Norms = Mapping[str, Mapping[str, float]]  # site -> group -> length of its change
-
 
 @dataclass(frozen=True)
 class Summand:
@@ -33,22 +31,18 @@ class Summand:
 
 
 def aggregate(
-    contributions: Sequence[Contribution],
-    shapes: Shapes,
-    settings: config.Aggregation,
-    *,
-    norms: Norms | None = None,
+    contributions: Sequence[Contribution], shapes: Shapes, settings: config.Aggregation
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and float32 change of every parameter that a site with a weight trained, in name order.
 
     Holds one tensor and one slab at a time (of every site, where ``combine`` is not the mean), never an update. Clipping reads
-    every change once more, unless the caller has the ``norms`` already. Raises UpdateError before anything is yielded.
+    every change once more. Raises UpdateError before anything is yielded.
     """
     groups = groups_of(contributions)
     unknown = {name for group in groups.values() for name in group.parameters} - set(shapes)
     if unknown:
         raise UpdateError(f"{len(unknown)} tensors in the updates are not in the model")
-    summands = {name: _summands(group, shapes, settings, norms) for name, group in groups.items()}
+    summands = {name: _summands(group, shapes, settings) for name, group in groups.items()}
     places = sorted((parameter, name) for name, group in groups.items() if summands[name] for parameter in group.parameters)
     return ((parameter, _total(parameter, shapes[parameter], summands[group], settings)) for parameter, group in places)
 
@@ -78,7 +72,7 @@ def _moment(values: Sequence[float], weights: Sequence[float], settings: config.
     return fmean(values, weights) if cut is None else fmean(sorted(values)[cut : len(values) - cut])
 
 
-def _summands(group: Group, shapes: Shapes, settings: config.Aggregation, norms: Norms | None) -> list[Summand]:
+def _summands(group: Group, shapes: Shapes, settings: config.Aggregation) -> list[Summand]:
     """The sites that have a say in a group, in name order."""
     weights = rule_weights(group, settings)
     steps = step_factors(group, weights, settings)
@@ -86,8 +80,7 @@ def _summands(group: Group, shapes: Shapes, settings: config.Aggregation, norms:
     lengths: dict[str, float] = {}
     if settings.clip is not None:
         for one in weighing:
-            length = norm(one, group.parameters, shapes) if norms is None else norms[one.site][group.name]
-            lengths[one.site] = length * steps[one.site]
+            lengths[one.site] = norm(one, group.parameters, shapes) * steps[one.site]
     clips = clip_factors(lengths, settings)
     return [Summand(one, weights[one.site], steps[one.site] * clips.get(one.site, 1.0)) for one in weighing]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -265,13 +265,3 @@ def is_for_muon(name: str, num_dims: int) -> bool:
 def _is_tag(name: str) -> bool:
     """Positions, tags and the temperature: decaying them towards zero means nothing."""
     return any(part in name for part in ("position", "tag", "temperature"))
-
-
-def sum_metrics(updates: Iterable[Update]) -> dict[str, float]:
-    """Means over sites of metrics kept as (sum, weight); a site without the metric is left out, not averaged in as zero."""
-    sums: dict[str, tuple[float, float]] = {}
-    for update in updates:
-        for name, (total, weight) in update.metrics.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + total, old[1] + weight)
-    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from fedmix.batch import STREAMS, Stream
+from fedmix.batch import Stream
 from fedmix.errors import UpdateError
 
 Kind = TypeVar("Kind")
@@ -122,32 +122,6 @@ def tower_of(group: str) -> Tower:
     """The tower of a group, which decides whose steps count for it."""
     towers: tuple[Tower, ...] = ("image", "text", "pair")
     return next((tower for tower in towers if tower in group.split(".")), "shared")
-
-
-def check(update: Update, parameters: Mapping[str, Tensor]) -> None:
-    """Raise UpdateError unless names, shapes, types, values and counts are what the server asked for."""
-    if not update.deltas:
-        raise UpdateError("the update is empty: the site trained no parameter")
-    unknown = set(update.deltas) - set(parameters)
-    if unknown:
-        raise UpdateError(f"{len(unknown)} tensors in the update are not in the model")
-    for name, delta in update.deltas.items():
-        expected = parameters[name]
-        if delta.shape != expected.shape or delta.dtype != expected.dtype:
-            raise UpdateError(
-                f"{name}: update is {tuple(delta.shape)} {delta.dtype}, the model has {tuple(expected.shape)} {expected.dtype}"
-            )
-        if not bool(delta.isfinite().all()):
-            raise UpdateError(f"{name}: update holds values that are not finite; lower the learning rate at this site")
-    if set(update.examples) - set(STREAMS):
-        raise UpdateError(f"an update counts its studies as {', '.join(STREAMS)} and nothing else")
-    if any(count < 0 for count in update.examples.values()) or sum(update.examples.values()) <= 0 or update.steps <= 0:
-        raise UpdateError("an update must come from at least one step on at least one study")
-    for tower in {tower_of(group_of(name)) for name in update.deltas}:
-        if not any(update.examples.get(stream) for stream in REACHED_BY[tower]):
-            raise UpdateError(f"update holds {tower} parameters, but counts no study that reaches them")
-    if not all(math.isfinite(number) for pair in update.metrics.values() for number in pair):
-        raise UpdateError("update holds metrics that are not finite")
 
 
 def mean_metrics(sums: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:

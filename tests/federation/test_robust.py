@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from sites import IMAGE, SHAPES, SHARED, added, first, site
+from sites import IMAGE, SHARED, added, first, site
 
 from fedmix import config
 from fedmix.federation.robust import clip_factors, middle, num_cut, num_sites_of_tower, promises
@@ -60,13 +60,6 @@ def test_lengths_are_compared_after_steps_are_made_alike() -> None:
     """A site with ten times the steps may move ten times as far without being cut."""
     updates = [site("a", 1.0, image=5, steps=10), site("b", 1.0, image=5, steps=10), site("c", 10.0, image=5, steps=100)]
     assert first(added(updates, config.Aggregation()), IMAGE) == pytest.approx(0.1 * 40)
-
-
-def test_norms_that_the_caller_has_are_taken() -> None:
-    updates = [site("a", 1.0, image=5), site("b", 1.0, image=5), site("c", 100.0, image=5)]
-    norms = {name: {sites.DECODER: length, sites.ATTENTION: length} for name, length in (("a", 2.0), ("b", 2.0), ("c", 12.0))}
-    found = dict(sites.aggregate(updates, SHAPES, config.Aggregation(), norms=norms))
-    assert first(found, IMAGE) == pytest.approx((1 + 1 + 50) / 3)
 
 
 # ---- coordinate-wise rules

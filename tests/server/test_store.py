@@ -104,6 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found = store.latest()
     assert found is not None
     assert found.round_number == 2
+    assert store.damaged == ("round-00003",)
     assert [row["round"] for row in store._rows()] == [1, 2]  # round 3 is about to happen again
     store.commit(committed(3))
     assert resumed(tmp_path).latest() is not None
@@ -160,7 +161,7 @@ def test_commit_is_all_or_nothing_wherever_it_is_cut_short(
 
     for owner, name in (
         (store_module, "save_file"),
-        (store_module, "_flush"),
+        (store_module, "flush"),
         (store_module.os, "rename"),
         (store_module.shutil, "rmtree"),
     ):
@@ -184,7 +185,7 @@ def test_a_full_disk_is_one_sentence_and_the_round_before_is_kept(tmp_path: Path
     def full(path: Path) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(store_module, "_flush", full)
+    monkeypatch.setattr(store_module, "flush", full)
     with pytest.raises(RunError, match=r"checkpoint of round 3: No space left on device; the round before it is kept"):
         store.commit(committed(3))
     monkeypatch.undo()

@@ -1,0 +1,28 @@
+"""What every room that writes to disk needs: the disk's word that something is there, and what went wrong in plain words."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Have the disk confirm a file or folder before something relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def errno_of(error: Exception) -> int | None:
+    """The system's number of what went wrong; safetensors hides it in the text of its own error."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said, without the path that its errors quote: a path may name a person."""
+    number = errno_of(error)
+    return type(error).__name__ if number is None else os.strerror(number)
