@@ -6,10 +6,12 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -233,3 +235,33 @@ def write_config(folder: Path, wanted: Mapping[str, Any] | None = None) -> Path:
     path = folder / "little.yaml"
     path.write_text(yaml.safe_dump(dict(wanted or values(folder))))
     return path
+
+
+def waited_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something that must happen."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process computes; one that nobody has waited for yet does not."""
+    try:
+        return not re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+
+
+def processes_of(folder: Path, pattern: str) -> list[str]:
+    """Command lines of an engine's processes that were started for this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_text().replace("\0", " ")
+            environment = (path.parent / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if re.search(pattern, line) and str(folder.parent) in environment:
+            found.append(line)
+    return found

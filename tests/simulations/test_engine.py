@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,14 +24,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from little import ROOT, DirectGrid, World, everyone, fedmix, write_config
+from little import ROOT, DirectGrid, World, everyone, is_running, waited_until
 
 from client.app import Place
-from fedmix import config
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
-from server.app import build_app
-from server.store import RunStore
 from simulations import engine, forkserver
 from simulations.engine import InProcessGrid, WorkerPool
 
@@ -180,16 +176,6 @@ def test_replies_are_taken_in_one_by_one_however_many_workers_are_ready() -> Non
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_weights_do_not_depend_on_the_number_of_workers(num_workers: int, tmp_path: Path) -> None:
-    here = World(tmp_path / "here", everyone(tmp_path, rounds=2)).run()
-    world = World(tmp_path / "there", everyone(tmp_path, rounds=2))
-    with grid_over(world, num_workers=num_workers) as grid:
-        there = world.run(grid)
-    assert digest(there.parameters) == digest(here.parameters)
-
-
-@pytest.mark.e2e
 def test_a_worker_that_dies_drops_its_site_and_the_next_round_has_a_new_one(tmp_path: Path) -> None:
     world = World(tmp_path, everyone(tmp_path, rounds=2))
     with grid_over(world, make_app=odd_apps.crashing_once) as grid:
@@ -296,60 +282,3 @@ def workers_of(grid: InProcessGrid) -> dict[Any, Any]:
     """The worker processes, by the connection to each."""
     assert isinstance(grid._pool, WorkerPool)
     return grid._pool._processes
-
-
-def waited_until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process computes; one that nobody has waited for yet does not."""
-    try:
-        return not re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    except FileNotFoundError:
-        return False
-
-
-# ---- Ray
-
-
-@pytest.mark.e2e
-def test_ray_gives_the_same_weights_says_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    here = World(tmp_path / "here", everyone(tmp_path, rounds=1)).run()
-    path = write_config(tmp_path, everyone(tmp_path, rounds=1))
-    run = fedmix("simulate", path, "--engine", "ray", "--out", tmp_path / "ray")
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
-    assert "Flower" not in run.stdout
-    committed = RunStore(tmp_path / "ray", config.load(path), resume=True).latest()
-    assert committed is not None
-    assert digest(committed.parameters) == digest(here.parameters)
-    waited_until(lambda: not ray_processes(str(tmp_path)))
-
-
-def ray_processes(mark: str) -> list[str]:
-    """Command lines of Ray's processes that were started for this test."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_text().replace("\0", " ")
-            environment = (path.parent / "environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if re.search(r"raylet|gcs_server|ray::", line) and mark in environment:
-            found.append(line)
-    return found
-
-
-@pytest.mark.e2e
-def test_a_run_over_workers_goes_through_the_same_server_app(tmp_path: Path) -> None:
-    world = World(tmp_path, everyone(tmp_path))
-    app = build_app(world.experiment, world.store, watch=world.seen.append)
-    engine.run_in_process(app, world.places, num_workers=2)
-    here = World(tmp_path / "here", everyone(tmp_path)).run()
-    committed = world.store.latest()
-    assert committed is not None
-    assert digest(committed.parameters) == digest(here.parameters)

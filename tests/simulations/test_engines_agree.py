@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from little import World, everyone, fedmix, write_config
-from test_engine import waited_until
+from little import World, everyone, fedmix, processes_of, waited_until, write_config
 
 from fedmix.federation.update import digest
 from server.app import build_app
@@ -96,17 +94,3 @@ def test_every_engine_gives_the_same_weights(name: str, world: World, weights: s
     assert committed is not None
     assert committed.round_number == 2
     assert digest(committed.parameters) == weights
-
-
-def processes_of(folder: Path, pattern: str) -> list[str]:
-    """Command lines of an engine's processes that were started for this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_text().replace("\0", " ")
-            environment = (path.parent / "environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if re.search(pattern, line) and str(folder.parent) in environment:
-            found.append(line)
-    return found

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from little import ROOT
-from test_engine import is_running, waited_until
+from little import ROOT, is_running, waited_until
 
 PROGRAM = """
 import os, sys, time

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from little import World, everyone
-from test_engines_agree import processes_of
+from little import World, everyone, processes_of
 
 from fedmix.errors import RunError
 from simulations import superlink
