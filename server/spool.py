@@ -7,6 +7,7 @@ names (fedmix/federation/aggregate.py). The file has no name: however the proces
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Collection, Mapping
@@ -79,6 +80,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         """Raises RunError if the folder cannot be written."""
         try:
+            self._folder = folder
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the round
         except OSError as error:
@@ -105,6 +107,8 @@ class Spool:
     def close(self) -> None:
         """Give the disk back."""
         self._file.close()
+        with contextlib.suppress(OSError):  # somebody else's file in it, or a next round's spool
+            self._folder.rmdir()
 
     def _write(self, lines: NDArray[Any]) -> _OnDisk:
         place = _OnDisk(self._file.fileno(), self._end, lines.dtype, lines.shape)

@@ -54,10 +54,13 @@ def middle(values_SRC: Tensor, cut: int) -> Tensor:
 
 
 def promises(num_sites_of_tower: Mapping[Tower, int], settings: config.Aggregation) -> list[str]:
-    """What is promised against wrong sites at the present number of sites: one sentence for each tower that anybody trains."""
+    """What is promised against wrong sites at the present number of sites: a sentence for the towers of each number."""
+    towers: dict[int, list[str]] = {}
+    for tower, num_sites in num_sites_of_tower.items():
+        towers.setdefault(num_sites, []).append(tower)
     return [
-        f"{tower} tower, {_sites(num_sites)}: {_promise(num_sites, settings)}"
-        for tower, num_sites in num_sites_of_tower.items()
+        f"{_towers(names)}, {_sites(num_sites)}: {_promise(num_sites, settings)}"
+        for num_sites, names in towers.items()
         if num_sites > 0
     ]
 
@@ -100,6 +103,10 @@ def _why_mean(num_sites: int, settings: config.Aggregation) -> str:
     if num_sites < needed:
         return f"the {name} needs {needed} sites and is not used here; "
     return f"aggregation.trim = {settings.trim:g} leaves out none of {num_sites} sites, so the {name} is not used here; "
+
+
+def _towers(names: Sequence[str]) -> str:
+    return f"{names[0]} tower" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} towers"
 
 
 def _sites(count: int) -> str:

@@ -209,6 +209,11 @@ def test_promises_of_the_mean_say_bounded_influence_and_towers_without_sites_not
     )
 
 
+def test_towers_with_as_many_sites_share_a_sentence() -> None:
+    found = promises({"shared": 1, "image": 2, "text": 1, "pair": 1}, config.Aggregation())
+    assert [sentence.split(":")[0] for sentence in found] == ["shared, text and pair towers, 1 site", "image tower, 2 sites"]
+
+
 def test_promises_say_where_trim_leaves_out_nobody_and_where_nothing_is_clipped() -> None:
     (one,) = promises({"shared": 9}, config.Aggregation(combine="trimmed_mean", trim=0.1, clip=None))
     assert "aggregation.trim = 0.1 leaves out none of 9 sites, so the trimmed mean is not used here" in one

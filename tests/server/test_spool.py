@@ -63,6 +63,7 @@ def test_nothing_has_a_name_and_nothing_is_left(tmp_path: Path) -> None:
     spool.add(coded(config.Wire()))
     assert list((tmp_path / "spool").iterdir()) == []
     spool.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
