@@ -187,7 +187,7 @@ def results(folder: Path) -> dict[str, Any]:
     return {f"{cell['regime']}/{cell['seed']}": cell for cell in cells}
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # four studies; on a busy machine each takes minutes
 def test_a_killed_study_ends_as_one_that_never_was(tmp_path: Path) -> None:
     plan = wanted(tmp_path, baselines={"one_shot": {}, "best_site": {}, "centralised_steps": {}})

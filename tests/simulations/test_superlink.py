@@ -38,7 +38,7 @@ def test_free_ports_differ() -> None:
     assert len(set(ports)) == 20
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_site_that_refuses_ends_the_run_with_its_reason_and_leaves_nothing(tmp_path: Path) -> None:
     world = World(tmp_path / "here", everyone(tmp_path))
