@@ -275,9 +275,9 @@ def evaluate(
     with _importing():
         from fedmix.data.shard import Shard
         from fedmix.evaluation import suite
+        from fedmix.model.folder import load_model
         from fedmix.report.summary import write_json
         from server import held_out
-        from server.model_folder import load_model
 
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be
     loaded, sizes, tokenizer = load_model(model)

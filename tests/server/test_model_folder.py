@@ -12,8 +12,9 @@ from little import World, values
 
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
+from fedmix.model.folder import load_model
 from server import held_out as central
-from server.model_folder import load_model, save_model
+from server.model_folder import save_model
 
 
 @pytest.fixture
@@ -84,6 +85,10 @@ def newer(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
 
 
+def of_another_kind(path: Path) -> None:
+    path.write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
+
+
 def garbage(path: Path) -> None:
     path.write_bytes(b"\x80\x04\x95garbage")
 
@@ -96,7 +101,8 @@ def garbage(path: Path) -> None:
         ("tokenizer.json", Path.unlink, "tokenizer"),
         ("config.json", garbage, "cannot be read as a model"),
         ("config.json", unknown_key, r"cannot be read as a model \(ValidationError\)"),
-        ("config.json", newer, "cannot be read as a model"),
+        ("config.json", newer, "cannot be read as a model: its format is 2 and this fedmix reads 1; use the fedmix version that wrote it"),
+        ("config.json", of_another_kind, "of a model of type 'bert', expected 'fedmix'"),
         ("config.json", another_width, "weights and config.json are of different models"),
         ("model.safetensors", cut_short, r"cannot be read as a model \(SafetensorError\)"),
         ("model.safetensors", garbage, "cannot be read as a model"),
@@ -107,6 +113,12 @@ def test_what_is_wrong_with_a_model_folder_is_said(folder: Path, name: str, dama
     damage(folder / name)
     with pytest.raises(RunError, match=why):
         load_model(folder)
+
+
+def test_loading_leaves_the_callers_random_numbers_alone(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_run_folder_is_not_a_model_folder(folder: Path) -> None:

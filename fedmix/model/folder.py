@@ -1,0 +1,80 @@
+"""A model folder: weights, sizes, vocabulary. Nothing in it is code, and reading it runs none.
+
+A run writes one (server/model_folder.py) and ``fedmix export`` writes one for others, with more files around the same three.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fedmix import config
+from fedmix.data.tokenizer import Tokenizer
+from fedmix.errors import ConfigError, RunError
+from fedmix.model.encoder import MixedModel
+
+SCHEMA = 1
+MODEL_TYPE = "fedmix"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+class Sizes(BaseModel):
+    """config.json of a model folder; the keys that may be None are written by ``fedmix export`` alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+    schema_number: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)] = SCHEMA
+    image_size: int
+    max_words: int
+    model: config.Model
+    model_type: str | None = None
+    architectures: tuple[str, ...] | None = None
+    fedmix_version: str | None = None
+    # Of the vocabulary that shards were prepared with: an exported tokenizer.json says more, and so has other bytes.
+    tokenizer_fingerprint: str | None = None
+
+    def as_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(self.model_dump(by_alias=True, exclude_none=True), indent=2) + "\n"
+
+
+def load_model(folder: Path) -> tuple[MixedModel, Sizes, Tokenizer]:
+    """Read a model folder back; raises RunError that names what is missing or wrong."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise RunError(f"{folder} is no model folder: {name} is missing; name RUN/model")
+    try:
+        sizes = _read_sizes(folder)
+        parameters = load_file(folder / "model.safetensors")
+        tokenizer = Tokenizer.load(folder)
+    except ConfigError as error:
+        raise RunError(f"{folder} cannot be read as a model: {error}") from None
+    except (ValueError, SafetensorError, OSError) as error:
+        raise RunError(f"{folder} cannot be read as a model ({type(error).__name__}); export it again") from None
+    tokenizer.fingerprint = sizes.tokenizer_fingerprint or tokenizer.fingerprint
+    with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
+        model = MixedModel(sizes.model, image_size=sizes.image_size, max_words=sizes.max_words, vocabulary=tokenizer.vocab_size)
+    own = dict(model.named_parameters())
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in parameters.items()}:
+        raise RunError(f"{folder}: weights and config.json are of different models; export it again")
+    model.load_state_dict(parameters)
+    return model, sizes, tokenizer
+
+
+def _read_sizes(folder: Path) -> Sizes:
+    """config.json, with a sentence of its own for a model of another kind or of another fedmix."""
+    values: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(values, dict):
+        kind, number = values.get("model_type", MODEL_TYPE), values.get("schema")
+        if kind != MODEL_TYPE:
+            raise ConfigError(f"its config.json is of a model of type {kind!r}, expected {MODEL_TYPE!r}")
+        if isinstance(number, int) and number != SCHEMA:
+            written = values.get("fedmix_version", "version that wrote it")
+            raise ConfigError(f"its format is {number} and this fedmix reads {SCHEMA}; use the fedmix {written}")
+    return Sizes.model_validate(values)
