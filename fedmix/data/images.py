@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from fedmix.errors import DataError
 Fit = Literal["pad", "crop"]
 Border = Literal["black", "edge"]
 Normalise = Literal["none", "standard"]
+Picture = Image.Image | NDArray[Any] | bytes
 
 MAX_PIXELS = 64_000_000  # three times the largest chest detector (about 4,000 x 5,000)
 MIN_SIDE = 16  # pixels; anything thinner is an icon or a strip, not a radiograph
@@ -88,16 +89,28 @@ def decode_grey(data: bytes, *, needed: int | None = None) -> NDArray[np.uint8]:
         _check_size(image)
         if needed is not None and image.mode in ("L", "RGB"):
             image.draft("L", (2 * needed, 2 * needed))  # does nothing to a PNG
-        image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        grey = _to_grey(image)
-        return np.asarray(grey if turn is None else grey.transpose(turn))
+        return _upright(image)
     except RefusedError:
         raise
     except Exception:
         # A damaged file can raise nearly anything inside a decoder, and one file must never stop a site's preparation.
         # Not chained: the decoder's message may quote the file.
         raise RefusedError("image_broken") from None
+
+
+def prepare_image(picture: Picture, options: ImageOptions) -> NDArray[np.uint8]:
+    """A picture in a program's hands -> [S, S], as ``read_image`` makes it of the file. DataError where it is none.
+
+    Bytes are a PNG or JPEG file. An array is one grey image [H, W]: uint8, uint16 (stretched, as 16-bit files are), or
+    floats in 0..1. A large JPEG that Pillow opened is decoded in full, one handed over as bytes as the shards' were.
+    """
+    if isinstance(picture, bytes):
+        return read_image(picture, options)
+    if isinstance(picture, Image.Image):
+        return fit_square(_grey_picture(picture), options)
+    if isinstance(picture, np.ndarray):
+        return fit_square(_grey_array(picture), options)
+    raise DataError(f"expected a Pillow image, a grey array or a file's bytes, got {type(picture).__name__}; open it first")
 
 
 def fit_square(grey: NDArray[np.uint8], options: ImageOptions) -> NDArray[np.uint8]:
@@ -143,6 +156,40 @@ def _check_size(image: Image.Image) -> None:
         raise RefusedError("image_too_large")
     if min(image.size) < MIN_SIDE:
         raise RefusedError("image_too_small")
+
+
+def _upright(image: Image.Image) -> NDArray[np.uint8]:
+    image.load()
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    grey = _to_grey(image)
+    return np.asarray(grey if turn is None else grey.transpose(turn))
+
+
+def _grey_picture(image: Image.Image) -> NDArray[np.uint8]:
+    _check_size(image)
+    try:
+        return _upright(image)
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a file that ends early
+        raise RefusedError("image_broken") from None
+
+
+def _grey_array(values: NDArray[Any]) -> NDArray[np.uint8]:
+    if values.ndim != 2:
+        raise DataError(f"expected a grey image [H, W], got an array of shape {values.shape}; convert colours to grey first")
+    if min(values.shape) < MIN_SIDE:
+        raise RefusedError("image_too_small")
+    if values.size > MAX_PIXELS:
+        raise RefusedError("image_too_large")
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.uint16:
+        return stretch(values)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise DataError(f"an image array is {values.dtype}, expected uint8, uint16 or floats in 0..1; convert it")
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise DataError("an image of floats has values outside 0..1 or not finite; scale it, or hand over uint8")
+    grey: NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+    return grey
 
 
 def _to_grey(image: Image.Image) -> Image.Image:

@@ -86,6 +86,13 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[self.summary_id, *encoding.ids[: max_words - 1]] for encoding in encodings]
 
+    def token(self, number: int) -> str:
+        """The vocabulary's entry of an id, "##" and the like left on."""
+        entry: str | None = self._backend.id_to_token(number)
+        if entry is None:
+            raise ConfigError(f"id {number} is not one of the tokenizer's {self.vocab_size}")
+        return entry
+
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids back into text, lower case and without special tokens."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
