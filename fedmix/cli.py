@@ -300,6 +300,54 @@ def evaluate(
     out_console.print(Text(f"wrote {out / 'evaluation.json'}"), soft_wrap=True)
 
 
+class FitChoice(StrEnum):
+    """How a picture that is not square becomes one."""
+
+    pad = "pad"
+    crop = "crop"
+
+
+class NormaliseChoice(StrEnum):
+    """What is done to a picture's grey values."""
+
+    none = "none"
+    standard = "standard"
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="model folder such as runs/demo/model, or the run's folder")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    fit: Annotated[FitChoice | None, typer.Option(help="how the sites' pictures were prepared; pad if left out")] = None,
+    normalise: Annotated[
+        NormaliseChoice | None, typer.Option(help="the same; none for phantoms and standard for shards if left out")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="of the weights, as Hugging Face names it, such as apache-2.0")] = "unknown",
+    replace: Annotated[bool, typer.Option("--replace", help="replace an exported model that is there")] = False,
+) -> None:
+    """Write a trained model as a Hugging Face style folder with a model card; `fedmix.load` in Python reads it.
+
+    Example:  fedmix export runs/demo/model --out exported/demo
+    """
+    with _importing():
+        from fedmix.trained.export import export as write
+
+    about = write(
+        model,
+        out,
+        fit=fit.value if fit else None,
+        normalise=normalise.value if normalise else None,
+        licence=licence,
+        replace=replace,
+    )
+    if about.preparation_is_assumed:
+        assumed = f"--fit {about.preparation.fit} --normalise {about.preparation.normalise}"
+        error_console.print(
+            f"how the sites prepared pictures is not recorded; took {assumed}, say so if it was otherwise", soft_wrap=True
+        )
+    out_console.print(Text(f"wrote {out}"), soft_wrap=True)
+
+
 def _headline(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of an evaluation that a terminal has room for; evaluation.json has them all, with intervals."""
     for name, value in values.items():
