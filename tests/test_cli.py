@@ -75,7 +75,7 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...], run: Run)
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {("simulate",), ("prepare", "table"), ("evaluate",), ("report",), ("compare",), ("bench",)} <= set(ALL)
+    assert {("simulate",), ("prepare", "table"), ("evaluate",), ("report",), ("compare",), ("bench",), ("export",)} <= set(ALL)
 
 
 def test_help_comes_without_importing_the_heavy_rooms() -> None:
@@ -96,6 +96,24 @@ def test_a_command_given_wrongly_is_explained_with_code_2(arguments: tuple[str, 
     assert code == 2
     assert "Usage:" in err
     assert "Traceback" not in err
+
+
+# ---- export
+
+
+def test_a_run_is_exported_and_what_was_assumed_is_said(run: Run, tmp_path: Path) -> None:
+    world = World(tmp_path, values(tmp_path))
+    save_model(tmp_path / "a-run/model", world.experiment, world.initial(), world.tokenizer)
+    code, out, err = run("export", tmp_path / "a-run", "--out", tmp_path / "exported")
+    assert (code, out) == (0, f"wrote {tmp_path / 'exported'}\n")
+    assert "took --fit pad --normalise standard, say so if it was otherwise" in " ".join(err.split())
+    said = sentence(run("export", tmp_path / "a-run", "--out", tmp_path / "exported", "--fit", "crop", "--normalise", "none"))
+    assert said.endswith("is there already; name another folder, or add --replace")
+    code, _, err = run(
+        "export", tmp_path / "a-run/model", "--out", tmp_path / "exported", "--fit", "crop", "--normalise", "none", "--replace"
+    )
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "exported/preprocessor_config.json").read_text())["fit"] == "crop"
 
 
 # ---- simulate, before it trains
