@@ -139,7 +139,10 @@ class FedmixModel:
         for number, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise DataError(f"text {number}: expected a string, got {type(text).__name__}")
-            lines.append(clean(text))
+            try:
+                lines.append(clean(text))
+            except DataError as error:
+                raise DataError(f"text {number}: {error}") from None
             if not has_words(lines[-1]):
                 raise DataError(f"text {number}: it holds neither a letter nor a digit; leave it out")
         return [np.array(ids, np.int64) for ids in self.tokenizer.encode(lines, self.max_words)]
@@ -182,7 +185,11 @@ def load_trained(folder: Path, *, device: str = "cpu") -> FedmixModel:
     preparation = read_preparation(folder)
     if preparation.size != sizes.image_size:
         raise RunError(f"{folder}: {FILE} and config.json are of different models; export the model again")
-    return FedmixModel(network.to(device), tokenizer, max_words=sizes.max_words, preparation=preparation)
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise RunError(f'the model cannot be put on device {device!r} ({type(error).__name__}); "cpu" always works') from None
+    return FedmixModel(network, tokenizer, max_words=sizes.max_words, preparation=preparation)
 
 
 def _batches(items: Any, what: str) -> Iterator[tuple[int, Sequence[Any]]]:

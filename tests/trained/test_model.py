@@ -199,7 +199,7 @@ def test_sixteen_bits_are_stretched_as_a_file_of_sixteen_bits(model: FedmixModel
 
 def test_a_text_is_cleaned_and_cut_as_reports_are(model: FedmixModel) -> None:
     plain, long = model.encode_text(["no effusion.", "no effusion. " * 50])
-    np.testing.assert_allclose(model.encode_text(["  no\n\u200beffusion.\t"])[0], plain, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(["  no\n\x1b[31meffu\u200bsion.\t"])[0], plain, atol=1e-6)
     np.testing.assert_allclose(model.encode_text(["no effusion. " * 60])[0], long, atol=1e-6)
 
 
@@ -222,6 +222,8 @@ def test_a_text_is_cleaned_and_cut_as_reports_are(model: FedmixModel) -> None:
         (lambda model, ok: model.encode_text("no effusion"), "expected a list of texts, got str; put even a single one"),
         (lambda model, ok: model.encode_text(["a", 3]), "text 1: expected a string, got int"),
         (lambda model, ok: model.encode_text(["..."]), "text 0: it holds neither a letter nor a digit"),
+        (lambda model, ok: model.encode_text(["a", "b\0"]), "text 1: the text holds NUL"),
+        (lambda model, ok: model.encode_image([Image.open(BytesIO(png(ok)[:300]))]), "image 0: the image cannot be decoded"),
         (lambda model, ok: model.fill_words("no blank"), "the text has no blank"),
         (lambda model, ok: model.fill_words("no effusion " * 30 + "___"), "a blank lies beyond the 24 words"),
         (lambda model, ok: model.fill_words("___", top_k=0), "top_k is 0"),
@@ -277,6 +279,11 @@ def test_what_is_wrong_with_an_exported_folder_is_said(
     damage(copy)
     with pytest.raises(RunError, match=why):
         fedmix.load(copy)
+
+
+def test_a_device_that_is_not_there_is_said(exported: Path) -> None:
+    with pytest.raises(RunError, match=r"cannot be put on device 'nowhere' \(RuntimeError\)"):
+        fedmix.load(exported, device="nowhere")
 
 
 def test_importing_fedmix_is_light() -> None:
