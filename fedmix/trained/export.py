@@ -23,6 +23,7 @@ from fedmix.data.images import Fit, ImageOptions, Normalise
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.disk import flush
 from fedmix.errors import RunError
+from fedmix.model.encoder import MixedModel
 from fedmix.model.folder import FILES, MODEL_TYPE, Sizes, load_model
 from fedmix.report.summary import read_report
 from fedmix.trained.card import About, model_card
@@ -63,16 +64,20 @@ def export(
         licence=licence,
     )
     with _written_whole(out, replace=replace) as partial:
-        parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
-        save_file(parameters, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "config.json").write_text(_exported(sizes, tokenizer).as_json())
-        # safetensors lets only the owner read what it writes; the others may as far as they may read the rest.
-        (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
-        (partial / "tokenizer.json").write_text(_with_summary(folder / "tokenizer.json", tokenizer), encoding="utf-8")
-        _write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, sizes.max_words))
-        _write_json(partial / FILE, described(preparation))
-        (partial / "README.md").write_text(model_card(about), encoding="utf-8")
+        _write_files(partial, about, network, tokenizer, (folder / "tokenizer.json").read_text(encoding="utf-8"))
     return about
+
+
+def _write_files(folder: Path, about: About, network: MixedModel, tokenizer: Tokenizer, definition: str) -> None:
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    save_file(parameters, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(_exported(about.sizes, tokenizer).as_json())
+    # safetensors lets only the owner read what it writes; the others may as far as they may read the rest.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    (folder / "tokenizer.json").write_text(_with_summary(definition, tokenizer), encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, about.sizes.max_words))
+    _write_json(folder / FILE, described(about.preparation))
+    (folder / "README.md").write_text(model_card(about), encoding="utf-8")
 
 
 def _located(source: Path) -> tuple[Path, Path | None]:
@@ -103,9 +108,9 @@ def _exported(sizes: Sizes, tokenizer: Tokenizer) -> Sizes:
     return sizes.model_copy(update=more)
 
 
-def _with_summary(path: Path, tokenizer: Tokenizer) -> str:
+def _with_summary(definition: str, tokenizer: Tokenizer) -> str:
     """tokenizer.json with the summary token put before every text."""
-    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend = tokenizers.Tokenizer.from_str(definition)
     summary = tokenizer.token(tokenizer.summary_id)
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=[summary, "$A"], pair=[summary, "$A", "$B"], special_tokens=[(summary, tokenizer.summary_id)]
