@@ -70,6 +70,12 @@ class Tokenizer:
             raise ConfigError("tokenizer folder has no tokenizer.json; save it with a fast tokenizer's save_pretrained(folder)")
         return cls(file.read_bytes())
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, special tokens included."""
+        found: dict[str, int] = self._backend.get_vocab()
+        return found
+
     def _special(self, role: str) -> int:
         for name in _NAMES[role]:
             number: int | None = self._backend.token_to_id(name)
