@@ -118,6 +118,8 @@ def simulate(
         from simulations.run import simulate as run
         from simulations.study import run_study
 
+    if not resume:
+        _show_warm_start(experiment)
     folder = out or Path("runs") / experiment.name
     if experiment.study is not None:
         with LiveView(out_console) as live:
@@ -132,6 +134,19 @@ def simulate(
     ratio = report.timing.overhead_ratio
     out_console.print(f"overhead_ratio {ratio:.3f}" if ratio is not None else "")
     out_console.print(Text(f"report: {page}"), soft_wrap=True)
+
+
+def _show_warm_start(experiment: config.Experiment) -> None:
+    """Say once, before anything is drawn or trained, what the initial model takes from files."""
+    if experiment.model.warm_start is None:
+        return
+    from fedmix.data.tokenizer import Tokenizer
+    from fedmix.report.warm_start import warm_start_table
+    from server.held_out import warm_started
+
+    _, report = warm_started(experiment, Tokenizer.load(experiment.data.tokenizer))
+    if report is not None:
+        out_console.print(warm_start_table(report))
 
 
 @prepare_app.command("table")

@@ -101,7 +101,7 @@ def quick_evaluation(experiment: config.Experiment, store: RunStore, watch: Watc
             return
         started = time.time()
         tokenizer = Tokenizer.load(experiment.data.tokenizer)
-        model = central.set_parameters(central.initial_model(experiment, tokenizer), parameters)
+        model = central.set_parameters(central.random_model(experiment, tokenizer), parameters)
         numbers: Mapping[str, Any] = suite.quick(model, held_out, tokenizer=tokenizer, seed=experiment.seed)
         values = {**numbers, "time/evaluate_s": time.time() - started}
         row = row_of("evaluation", stage=stage, round_number=round_number, site=None, values=values)

@@ -19,12 +19,27 @@ from fedmix.errors import DataError
 from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from fedmix.federation.local import seed_of
+from fedmix.model import pretrained
 from fedmix.model.encoder import MixedModel
+from fedmix.model.pretrained import LoadReport
 from server.store import Parameters
 
 
 def initial_model(experiment: config.Experiment, tokenizer: Tokenizer) -> MixedModel:
-    """The untrained model that a seed stands for."""
+    """What training begins with: the model of the seed, and over it what ``model.warm_start`` names."""
+    return warm_started(experiment, tokenizer)[0]
+
+
+def warm_started(experiment: config.Experiment, tokenizer: Tokenizer) -> tuple[MixedModel, LoadReport | None]:
+    """The initial model, and what it took from files; None where it took nothing. Raises ConfigError for unfit files."""
+    model, files = random_model(experiment, tokenizer), experiment.model.warm_start
+    if files is None:
+        return model, None
+    return model, pretrained.warm_start(model, image=files.image, text=files.text, tokenizer=tokenizer)
+
+
+def random_model(experiment: config.Experiment, tokenizer: Tokenizer) -> MixedModel:
+    """The model that a seed alone stands for; no file is read for it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(experiment.seed, "initial model"))
         return MixedModel(

@@ -22,7 +22,8 @@ def save_model(folder: Path, experiment: config.Experiment, parameters: Paramete
         raise RunError("data.tokenizer has changed since the run began; put back what it was, then go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(parameters, folder / "model.safetensors")
-    sizes = Sizes(image_size=experiment.data.image_size, max_words=experiment.data.max_words, model=experiment.model)
+    model = experiment.model.model_copy(update={"warm_start": None})  # paths of the server's, of no use to who reads this
+    sizes = Sizes(image_size=experiment.data.image_size, max_words=experiment.data.max_words, model=model)
     (folder / "config.json").write_text(sizes.as_json())
     (folder / "tokenizer.json").write_bytes(definition)
 

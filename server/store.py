@@ -32,6 +32,7 @@ from fedmix import config
 from fedmix.disk import flush, reason_of
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
+from fedmix.model import pretrained
 
 NUM_CHECKPOINTS = 2  # the newest and the one before it, should the newest be damaged
 LIBRARIES = ("fedmix", "flwr", "torch", "timm", "tokenizers", "numpy", "safetensors", "scikit-learn", "pydantic")
@@ -197,6 +198,11 @@ class RunStore:
                 f"the experiment has changed since the run in {self.folder} began (fingerprints differ), so going on would "
                 "mix two experiments; restore the config, or start anew in another folder with --out"
             )
+        if self._manifest.get("warm_start", {}) != warm_start_hashes(self._experiment):
+            raise RunError(
+                f"the files of model.warm_start are not those that the run in {self.folder} began with (hashes differ); put "
+                "them back, or start anew in another folder with --out"
+            )
         self._checkpoints.mkdir(exist_ok=True)
         for partial in self._checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
@@ -298,6 +304,12 @@ def _read_checkpoint(folder: Path) -> Committed | None:
         return None
 
 
+def warm_start_hashes(experiment: config.Experiment) -> dict[str, str]:
+    """SHA-256 of the files of model.warm_start by role, empty without one; the fingerprint knows nothing of paths."""
+    files = experiment.model.warm_start
+    return {} if files is None else pretrained.hashes(files.image, files.text)
+
+
 def _manifest(experiment: config.Experiment) -> dict[str, Any]:
     """Versions, seed, commit, fingerprint, hardware and state: what a reader needs to believe or repeat a run."""
     return {
@@ -306,6 +318,7 @@ def _manifest(experiment: config.Experiment) -> dict[str, Any]:
         "run_id": f"{experiment.name}-{os.urandom(6).hex()}",
         "seed": experiment.seed,
         "fingerprint": experiment.fingerprint(),
+        "warm_start": warm_start_hashes(experiment),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
         "hardware": {

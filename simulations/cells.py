@@ -11,6 +11,7 @@ from typing import Any
 from fedmix import config
 from fedmix.errors import ConfigError
 from fedmix.federation.local import seed_of
+from server.store import warm_start_hashes
 from simulations import baselines
 
 
@@ -32,17 +33,19 @@ class Cell:
     def is_done(self) -> bool:
         """Whether its folder holds a completed run of exactly this experiment."""
         try:
-            state = json.loads((self.folder / "manifest.json").read_text())["state"]
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            state, warm_start = manifest["state"], manifest.get("warm_start", {})
             held = config.load(self.folder / "config.yaml")
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return False
-        same = _asked(held) == _asked(self.experiment)
+        same = _asked(held) == _asked(self.experiment) and warm_start == warm_start_hashes(self.experiment)
         return bool(state == "completed") and same and (self.folder / "report.json").exists()
 
 
 def _asked(experiment: config.Experiment) -> dict[str, Any]:
-    """What a cell's results depend on: not where its folder lies, nor how many workers computed it."""
-    return experiment.model_dump(mode="json", exclude={"data": {"cache"}, "federation": {"workers", "deadline_s"}})
+    """What a cell's results depend on: not where its folder and a warm start's files lie, nor the number of workers."""
+    apart = {"data": {"cache"}, "model": {"warm_start"}, "federation": {"workers", "deadline_s"}}
+    return experiment.model_dump(mode="json", exclude=apart)
 
 
 def cells_of(experiment: config.Experiment, out: Path) -> list[Cell]:

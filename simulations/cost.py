@@ -50,7 +50,7 @@ def _measure(experiment: config.Experiment, stage: config.Stage, site: config.Si
             marks: list[float] = []
             local.train(
                 Learner(
-                    central.initial_model(experiment, tokenizer),
+                    central.random_model(experiment, tokenizer),
                     stage.objectives,
                     WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids))),
                 ),

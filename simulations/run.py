@@ -27,7 +27,7 @@ from fedmix.report import html, summary
 from server import held_out as central
 from server.app import build_app, quick_evaluation
 from server.model_folder import save_model
-from server.store import Parameters, RunStore
+from server.store import Parameters, RunStore, warm_start_hashes
 from simulations import baselines, engine
 from simulations.partition import prepare_sites
 from simulations.superlink import run_on_superlink
@@ -144,7 +144,7 @@ def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Read
         return kept
     ready.view.say(f"evaluating {what}")
     started = time.time()
-    model = central.set_parameters(central.initial_model(experiment, ready.tokenizer), parameters)
+    model = central.set_parameters(central.random_model(experiment, ready.tokenizer), parameters)
     evaluation = suite.evaluate(model, ready.held_out, tokenizer=ready.tokenizer, settings=central.settings_of(experiment))
     source = _source(experiment)
     if source is not None:
@@ -166,6 +166,8 @@ def _kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, A
 def _evaluated(experiment: config.Experiment) -> str:
     """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
     wanted = [experiment.data.held_out.model_dump(mode="json"), experiment.evaluation.model_dump(mode="json")]
+    if experiment.model.warm_start is not None:
+        wanted.append(warm_start_hashes(experiment))
     return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()
 
 
@@ -180,7 +182,7 @@ def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Rea
     """Train what a baseline changes in run folders of its own, and evaluate it like the main run; results by name."""
     if name == baselines.RANDOM_INIT:
         other = config.variant(experiment, name)
-        parameters = central.parameters_of(central.initial_model(other, ready.tokenizer))
+        parameters = central.parameters_of(central.random_model(other, ready.tokenizer))
         return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model")}
     if name in baselines.SPECIAL:
         other = config.variant(experiment, name)

@@ -20,6 +20,8 @@ import typer.main
 import yaml
 from little import ROOT, World, everyone, fedmix, values, write_config
 from PIL import Image
+from safetensors.torch import save_file
+from timm.models import VisionTransformer
 
 from fedmix import cli, config
 from server.model_folder import save_model
@@ -177,6 +179,23 @@ def test_a_run_that_failed_before_it_trained_can_be_started_again_in_its_folder(
 def test_a_held_out_set_without_test_studies_is_one_sentence(path: Path, run: Run) -> None:
     edited(path, lambda wanted: wanted["data"]["held_out"].update(probe_studies=80))
     assert "leaves no test study of 80" in sentence(run("simulate", path))
+
+
+def test_a_warm_start_is_shown_once_before_anything_is_drawn(path: Path, run: Run, tmp_path: Path) -> None:
+    vit = VisionTransformer(img_size=48, patch_size=12, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    edited(path, lambda wanted: wanted["data"]["held_out"].update(probe_studies=80))  # stops it afterwards
+    answer = run("simulate", path, "--set", "model.warm_start.image=vit.safetensors")
+    assert "leaves no test study of 80" in sentence(answer)
+    assert answer[1].count("warm start") == 1
+    assert "the first 1 of the image checkpoint's 2 layers were taken, the others are left out" in answer[1]
+
+
+def test_a_warm_start_of_another_width_is_one_sentence_and_leaves_no_run(path: Path, run: Run, tmp_path: Path) -> None:
+    save_file(VisionTransformer(embed_dim=24, depth=1, num_heads=2).state_dict(), tmp_path / "vit.safetensors")
+    said = sentence(run("simulate", path, "--set", "model.warm_start.image=vit.safetensors"))
+    assert said.startswith("model.warm_start.image is 24 wide and model.width is 16; set model.width = 24")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_tokenizer_that_is_not_there_is_one_sentence(path: Path, run: Run, tmp_path: Path) -> None:

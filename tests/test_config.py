@@ -105,6 +105,7 @@ def test_every_mistake_is_named_at_once() -> None:
         (["data.sites.north.name=south"], "site names must differ"),
         (["stages.paired.name=unpaired"], "stage names must differ"),
         (["data.sites.north.shard=/x"], "either phantom or shard, not both"),
+        (["model.warm_start={}"], "give warm_start an image file, a text folder, or both"),
         (["data.held_out.phantom=null"], "held_out either phantom or shards"),
         (["stages.paired.objectives.match=1"], "set joint_share above 0"),
         (["stages.paired.objectives={mvm: 0, mlm: 0}"], "every objective has weight 0"),
@@ -364,6 +365,7 @@ DECIDES = {
 DECIDES_NOT = {
     "name": "other",
     "data.sites.south.shard": "/elsewhere/south",
+    "model.warm_start": "{image: /models/vit.safetensors}",
     "data.cache": "/tmp/phantoms",
     "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5}",
     "federation.workers": 2,

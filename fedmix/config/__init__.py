@@ -19,6 +19,7 @@ from fedmix.config.sections import (
     StreamMix,
     StreamName,
     Study,
+    WarmStart,
     Wire,
     sites_of,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "StreamMix",
     "StreamName",
     "Study",
+    "WarmStart",
     "Wire",
     "build",
     "json_schema",

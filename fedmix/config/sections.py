@@ -91,6 +91,23 @@ class Data(Section):
         return self
 
 
+class WarmStart(Section):
+    """Local files that the server's initial model starts from (fedmix/model/pretrained.py); sites read none of them."""
+
+    image: Path | None = Field(
+        default=None, description="a ViT or MAE as .safetensors, or a folder that holds it as model.safetensors"
+    )
+    text: Path | None = Field(
+        default=None, description="a BERT's folder with config.json, model.safetensors and tokenizer.json"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> WarmStart:
+        if self.image is None and self.text is None:
+            raise ValueError("give warm_start an image file, a text folder, or both; null starts at random")
+        return self
+
+
 class Model(Section):
     """Sizes of the shared transformer (fedmix/model/encoder.py)."""
 
@@ -112,6 +129,9 @@ class Model(Section):
     decoder_depth: Count = 1
     decoder_heads: Count = 4
     embedding: Count = Field(default=64, description="size of the contrastive embedding")
+    warm_start: WarmStart | None = Field(
+        default=None, description="null starts at random; not in the fingerprint, manifest.json has the files' hashes"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
@@ -361,6 +381,7 @@ class Experiment(Section):
         of workers are left out: a hospital's path differs from the server's.
         """
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
+        values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:

@@ -103,6 +103,11 @@ def test_a_cell_is_done_only_if_it_was_completed_as_it_is_asked_for_now(tmp_path
     (cell.folder / "config.yaml").write_text(moved)
     assert cell.is_done, "where a folder lies and how many workers it had changes no result"
     assert not cells(tmp_path, baselines={"random_init": {}, "one_shot": {}, "centralised": {}})[0].is_done
+    (cell.folder / "manifest.json").write_text(
+        json.dumps({"state": "completed", "warm_start": {"image": "another file's hash"}})
+    )
+    assert not cell.is_done
+    (cell.folder / "manifest.json").write_text(json.dumps({"state": "completed", "warm_start": {}}))
     (cell.folder / "report.json").unlink()
     assert not cell.is_done
 
