@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmix import config
+from fedmix.config.sections import SIZES
 from fedmix.errors import ConfigError
 
 MINIMAL = """
@@ -298,6 +299,7 @@ DECIDES = {
     "data.sites.0.phantom.seed": 3,
     "data.sites.0.phantom.difficulty": 2.0,
     "data.sites.0.phantom.contrast": 2.0,
+    "model.size": "tiny",
     "model.patch_size": 16,
     "model.vision_target": "norm_pix",
     "model.width": 32,
@@ -424,6 +426,45 @@ def test_shipped_experiments_are_read(path: Path) -> None:
     if "stages" not in yaml.safe_load(path.read_text()):
         pytest.skip("not an experiment: an example of another file")
     assert config.load(path).num_rounds > 0
+
+
+# ---- sizes by name
+
+
+def test_keys_given_beside_a_size_override_it() -> None:
+    model = parse("model={size: small, depth: 6, embedding: 64}").model
+    assert (model.size, model.width, model.depth, model.embedding, model.decoder_width) == ("small", 384, 6, 64, 256)
+
+
+def test_size_means_the_values_it_stands_for() -> None:
+    """The same fingerprint as with every value written out, and the resolved YAML reads back the same."""
+    named = parse("model.size=tiny")
+    values = {key: getattr(named.model, key) for key in SIZES["tiny"]}
+    assert parse(f"model={values}").fingerprint() == named.fingerprint()
+    assert config.parse(named.to_yaml()) == named
+
+
+def test_no_size_keeps_the_defaults() -> None:
+    assert parse("model.size=null") == parse()
+    assert (parse().model.width, parse().model.depth, parse().model.patch_size) == (96, 4, 8)
+
+
+@pytest.mark.parametrize("overrides", [["model.depth=6", "model.size=tiny"], ["model.size=tiny", "model.depth=6"]])
+def test_size_on_the_command_line_replaces_the_files_sizes_and_not_its_neighbours(overrides: list[str]) -> None:
+    model = parse(*overrides, text=f"{MINIMAL}model: {{width: 64, mlp_ratio: 2.0}}\n").model
+    assert (model.width, model.depth, model.mlp_ratio) == (192, 6, 2.0)
+
+
+def test_size_in_a_baseline_or_a_regime_replaces_the_experiments() -> None:
+    experiment = parse("model.size=small", "baselines={little: {model: {size: tiny}}, thin: {model: {size: tiny, width: 96}}}")
+    assert config.variant(experiment, "little").model == parse("model.size=tiny").model
+    assert config.variant(experiment, "thin").model.width == 96
+    assert config.parse(experiment.to_yaml(), ["model.size=tiny"]).model == parse("model.size=tiny").model
+
+
+def test_size_that_is_not_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.size = 'huge': input should be 'tiny', 'small' or 'base'"):
+        parse("model.size=huge")
 
 
 # ---- rounds and stages

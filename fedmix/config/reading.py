@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fedmix.config.sections import Experiment
+from fedmix.config.sections import SIZES, Experiment
 from fedmix.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is pages, not megabytes: refuse before parsing
@@ -38,7 +38,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -
     values = _read_yaml(text, source)
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold keys and values at its top, such as name: demo")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not override.startswith("model.size=")):
         _apply_override(values, override)
     return build(values, source=source)
 
@@ -61,6 +61,8 @@ def variant(experiment: Experiment, name: str) -> Experiment:
     """
     values = experiment.model_dump(mode="json")
     overrides = values.pop("baselines")[name]
+    if isinstance(overrides.get("model"), Mapping) and "size" in overrides["model"]:
+        _forget_sizes(values["model"])
     merged = _merge(values, overrides)
     merged["name"] = name
     return build(merged, source=f"baselines.{name}")
@@ -112,6 +114,13 @@ def _merge(values: Any, overrides: Any) -> Any:
     return overrides
 
 
+def _forget_sizes(model: Any) -> None:
+    """An override of model.size replaces the sizes written before, or a resolved experiment would never change its size."""
+    if isinstance(model, dict):
+        for key in next(iter(SIZES.values())):
+            model.pop(key, None)
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b.0.c=value`` in place; the value is read as YAML, a number in the path indexes a list."""
     path, separator, text = override.partition("=")
@@ -124,6 +133,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {path}: {key!r} holds a value, it has no keys inside")
     value = _read_yaml(text, f"--set {path}: {_short(text)}")
+    if path == "model.size":
+        _forget_sizes(node)
     node[_index(node, last, path) if isinstance(node, list) else last] = value
 
 

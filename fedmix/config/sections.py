@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -91,6 +91,24 @@ class Data(Section):
         return self
 
 
+# ViT-Ti, S and B (2012.12877, table 1) at patch 16, for 224 px and up. Decoders stay light, at four of MAE's eight blocks and
+# at most its 512 wide (2111.06377, table 1); CLIP's ViT-B embeds in 512.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "patch_size": 16, "width": 192, "depth": 12, "num_heads": 3,
+        "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4, "embedding": 128,
+    },
+    "small": {
+        "patch_size": 16, "width": 384, "depth": 12, "num_heads": 6,
+        "decoder_width": 256, "decoder_depth": 4, "decoder_heads": 8, "embedding": 256,
+    },
+    "base": {
+        "patch_size": 16, "width": 768, "depth": 12, "num_heads": 12,
+        "decoder_width": 512, "decoder_depth": 4, "decoder_heads": 16, "embedding": 512,
+    },
+}  # fmt: skip
+
+
 class WarmStart(Section):
     """Local files that the server's initial model starts from (fedmix/model/pretrained.py); sites read none of them."""
 
@@ -111,6 +129,9 @@ class WarmStart(Section):
 class Model(Section):
     """Sizes of the shared transformer (fedmix/model/encoder.py)."""
 
+    size: Literal["tiny", "small", "base"] | None = Field(
+        default=None, description="ViT-Ti, S or B with patch 16; keys given beside it override. Null takes the defaults below"
+    )
     patch_size: Annotated[int, Field(ge=4, multiple_of=4)] = Field(
         default=8, description="pixels a side; the coarsest scale averages 4"
     )
@@ -132,6 +153,13 @@ class Model(Section):
     warm_start: WarmStart | None = Field(
         default=None, description="null starts at random; not in the fingerprint, manifest.json has the files' hashes"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, values: Any) -> Any:
+        """Fill what ``size`` stands for in under the keys that are given."""
+        size = values.get("size") if isinstance(values, dict) else None
+        return SIZES[size] | values if isinstance(size, str) and size in SIZES else values
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
@@ -381,6 +409,7 @@ class Experiment(Section):
         of workers are left out: a hospital's path differs from the server's.
         """
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
+        values["model"].pop("size")  # the sizes it stands for are there
         values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
         values["data"].pop("held_out")

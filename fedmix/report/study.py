@@ -217,7 +217,7 @@ def as_json(study: Study) -> dict[str, Any]:
 def step_key(experiment: config.Experiment, stage: config.Stage, stream: str) -> str:
     """What decides how long an optimiser step of a stage takes at a site of a stream; the key of costs.json."""
     decides = [
-        experiment.model.model_dump(mode="json", exclude={"warm_start"}),
+        experiment.model.model_dump(mode="json", exclude={"size", "warm_start"}),
         [experiment.data.image_size, experiment.data.max_words, experiment.federation.precision],
         stage.objectives.model_dump(mode="json"),
         stage.optimiser.kind,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTMAEConfig, ViTMAEForPreTraining
 
+from fedmix import config
 from fedmix.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from fedmix.errors import ConfigError
 from fedmix.model.encoder import MixedModel
@@ -178,6 +180,31 @@ def test_first_layers_are_taken_where_depths_differ(tmp_path: Path, depth: int, 
     assert any(note in line for line in report.notes)
     assert states(report)["blocks.1.attention.qkv.weight"] == ("new" if depth == 1 else "loaded")
     assert torch.equal(net.blocks[0].attention.qkv.weight, reference.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_named_size_has_the_blocks_of_timms_vit_of_that_name(size: str) -> None:
+    """Shape by shape, patch, heads and depth too, so that its public checkpoints fit."""
+    sizes = config.Model.model_validate({"size": size})
+    one_block = sizes.model_copy(update={"depth": 1, "decoder_depth": 1})
+    net = MixedModel(one_block, image_size=224, max_words=64, vocabulary=len(OURS))
+    with torch.device("meta"):
+        reference = timm.create_model(f"vit_{size}_patch16_224", num_classes=0)
+    assert sizes.depth == len(reference.blocks)
+    ours = [value.shape for name, value in net.blocks[0].named_parameters() if ".text." not in name]
+    theirs = [value.shape for value in reference.blocks[0].parameters()]
+    assert sorted(ours) == sorted(theirs)
+    assert net.blocks[0].attention.num_heads == reference.blocks[0].attn.num_heads
+    assert net.embed_image.project.in_features * 3 == reference.patch_embed.proj.weight[0].numel()
+    assert net.num_patches == reference.patch_embed.num_patches
+
+
+def test_public_vit_fits_the_named_size_at_another_resolution(tmp_path: Path) -> None:
+    sizes = config.Model.model_validate({"size": "tiny", "depth": 1})
+    net = MixedModel(sizes, image_size=96, max_words=8, vocabulary=len(OURS))
+    report = start(net, image=saved(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1), tmp_path))
+    assert [entry.name for entry in report.entries if entry.state == "resampled"] == ["embed_image.position.weight"]
+    assert report.notes == ()
 
 
 # ---- text
