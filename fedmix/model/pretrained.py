@@ -123,6 +123,8 @@ def _put(model: MixedModel, found: Mapping[str, Found], notes: Iterable[str]) ->
                 f"model.warm_start: the checkpoint's {name} is {_shape(one.value)}, the model's is {_shape(own[name])}; "
                 "set model.mlp_ratio as the checkpoint has it, or take another"
             )
+        if not bool(one.value.isfinite().all()):
+            raise ConfigError(f"model.warm_start: the checkpoint's {name} holds numbers that are not finite; fetch it again")
     entries = []
     with torch.no_grad():
         for name, parameter in own.items():

@@ -366,6 +366,20 @@ def test_file_cut_short_is_refused(tmp_path: Path) -> None:
     refused(model(), "image is not a whole safetensors file", image=path)
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    tensors = vit().state_dict()
+    tensors["blocks.1.norm2.bias"][3] = float("nan")
+    refused(model(), r"blocks.1.mlp_norm.image.bias holds numbers that are not finite", image=saved(tensors, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    net, tensors = model(), {name: value.to(dtype) for name, value in vit(img_size=80).state_dict().items()}
+    start(net, image=saved(tensors, tmp_path))
+    assert torch.equal(net.blocks[0].attention.qkv.weight, tensors["blocks.0.attn.qkv.weight"].float())
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+
+
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     refused(model(), "image: there is no such file", image=tmp_path / "none.safetensors")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
