@@ -48,10 +48,13 @@ State = Literal["loaded", "resampled", "new"]
 
 
 class Found(NamedTuple):
-    """What a checkpoint holds for one of our parameters, and the shape it had in the file if it had to be fitted."""
+    """What a checkpoint holds for one of our parameters, the shape it had in the file if it had to be fitted, and how many
+    of the numbers it does not have, so that they stay as they were drawn.
+    """
 
     value: Tensor
     resampled_from: tuple[int, ...] | None = None
+    num_new: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Entry:
     state: State
     shape: tuple[int, ...]
     resampled_from: tuple[int, ...] | None
+    num_new: int  # of its numbers, those that no file has
 
     @property
-    def num_values(self) -> int:
-        """Numbers in this parameter."""
-        return math.prod(self.shape)
+    def num_taken(self) -> int:
+        """Numbers that come from a file."""
+        return math.prod(self.shape) - self.num_new
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ class LoadReport:
     notes: tuple[str, ...]
 
     def count(self, state: State) -> tuple[int, int]:
-        """How many parameters are in a state, and how many numbers they hold."""
+        """How many parameters are in a state, and how many numbers; a new row of a word table counts as new numbers."""
         chosen = [entry for entry in self.entries if entry.state == state]
-        return len(chosen), sum(entry.num_values for entry in chosen)
+        if state == "new":
+            return len(chosen), sum(entry.num_new for entry in self.entries)
+        return len(chosen), sum(entry.num_taken for entry in chosen)
 
 
 def warm_start(model: MixedModel, *, image: Path | None, text: Path | None, tokenizer: Tokenizer) -> LoadReport:
@@ -128,11 +134,13 @@ def _put(model: MixedModel, found: Mapping[str, Found], notes: Iterable[str]) ->
     entries = []
     with torch.no_grad():
         for name, parameter in own.items():
-            source = found.get(name)
-            if source is not None:
-                parameter.copy_(source.value)
-            state: State = "new" if source is None else "resampled" if source.resampled_from else "loaded"
-            entries.append(Entry(name, state, tuple(parameter.shape), source.resampled_from if source else None))
+            shape, source = tuple(parameter.shape), found.get(name)
+            if source is None:
+                entries.append(Entry(name, "new", shape, None, parameter.numel()))
+                continue
+            parameter.copy_(source.value)
+            state: State = "resampled" if source.resampled_from else "loaded"
+            entries.append(Entry(name, state, shape, source.resampled_from, source.num_new))
     return LoadReport(tuple(entries), tuple(notes))
 
 
@@ -181,9 +189,9 @@ def _image_parameters(model: MixedModel, path: Path, notes: list[str]) -> dict[s
     for kind in _KINDS:
         found[f"norm.{_expert('image', model)}.{kind}"] = Found(tensors[f"norm.{kind}"])
     notes += _depth_notes("image", depth, len(model.blocks))
-    num_heads, usual = _num_heads(model), _width(model) // 64
-    if num_heads != usual:
-        notes.append(f"the image checkpoint does not say its heads; ViTs have width / 64 = {usual}, the model has {num_heads}")
+    head_width = _width(model) // _num_heads(model)
+    if head_width != 64:
+        notes.append(f"the image checkpoint does not say its heads; those of ViTs are 64 wide, the model's {head_width}")
     return found
 
 
@@ -341,7 +349,8 @@ def _words(
         notes.append(
             f"{len(common)} of {len(ours)} word embeddings were found by their string, {len(ours) - len(common)} are new"
         )
-    return {"embed_text.word.weight": Found(words_VD, None if is_same else tuple(theirs_VD.shape))}
+    num_new = (len(words_VD) - len(common)) * words_VD.shape[1]
+    return {"embed_text.word.weight": Found(words_VD, None if is_same else tuple(theirs_VD.shape), num_new)}
 
 
 def _joined(parts: list[Tensor], key: str) -> Tensor:
@@ -355,7 +364,8 @@ def _first_rows(own_LD: Tensor, theirs_LD: Tensor) -> Found:
     """The first positions; where theirs end, ours stay new."""
     rows_LD, num_rows = own_LD.detach().clone(), min(len(own_LD), len(theirs_LD))
     rows_LD[:num_rows] = theirs_LD[:num_rows]
-    return Found(rows_LD, None if theirs_LD.shape == rows_LD.shape else tuple(theirs_LD.shape))
+    num_new = rows_LD[num_rows:].numel()
+    return Found(rows_LD, None if theirs_LD.shape == rows_LD.shape else tuple(theirs_LD.shape), num_new)
 
 
 # ---- files

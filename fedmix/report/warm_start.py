@@ -22,7 +22,7 @@ def warm_start_table(report: LoadReport) -> RenderableType:
         table.add_column(heading, justify="right")
     table.add_column("shape, > ours", overflow="fold")
     for (part, state), entries in _grouped(report.entries).items():
-        num_values = sum(entry.num_values for entry in entries)
+        num_values = sum(entry.num_new if state == "new" else entry.num_taken for entry in entries)
         shape = _shapes(entries[0]) if len(entries) == 1 else ""
         table.add_row(part, Text(state, COLOURS[state]), str(len(entries)), _short(num_values), shape)
     table.add_section()

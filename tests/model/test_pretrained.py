@@ -126,7 +126,8 @@ def test_every_parameter_is_told_once_and_new_ones_are_untouched(tmp_path: Path,
     for name, state in states(report).items():
         assert torch.equal(net.get_parameter(name), before[name]) == (state == "new"), name
     assert sum(report.count(state)[0] for state in ("loaded", "resampled", "new")) == len(before)
-    assert report.count("loaded") == (2 * 12 + 6, sum(entry.num_values for entry in report.entries if entry.state == "loaded"))
+    taken = sum(before[name].numel() for name, state in states(report).items() if state == "loaded")
+    assert report.count("loaded") == (2 * 12 + 6, taken)
 
 
 def test_other_grid_and_patch_are_resampled_as_timm_does(tmp_path: Path) -> None:
@@ -220,6 +221,9 @@ def test_words_are_mapped_by_their_string(tmp_path: Path) -> None:
         assert torch.equal(net.embed_text.word.weight[number], expected), token
     assert "10 of 11 word embeddings were found by their string, 1 are new" in report.notes
     assert states(report)["embed_text.word.weight"] == "resampled"
+    words = next(entry for entry in report.entries if entry.name == "embed_text.word.weight")
+    assert (words.resampled_from, words.num_taken, words.num_new) == ((12, 32), 10 * 32, 32)
+    assert sum(report.count(state)[1] for state in ("loaded", "resampled", "new")) == sum(p.numel() for p in net.parameters())
 
 
 def test_same_tokenizer_maps_words_one_to_one(tmp_path: Path) -> None:
@@ -258,10 +262,13 @@ def test_ffn_and_its_norm_are_berts(tmp_path: Path) -> None:
 def test_positions_are_berts_first_and_new_where_berts_end(tmp_path: Path, rows: int) -> None:
     net, reference = model(), bert(max_position_embeddings=rows)
     before = tiny.parameters_of(net)["embed_text.position.weight"]
-    start(net, text=bert_folder(tmp_path, reference))
+    report = start(net, text=bert_folder(tmp_path, reference))
     taken = min(rows, tiny.MAX_WORDS)
     assert torch.equal(net.embed_text.position.weight[:taken], reference.embeddings.position_embeddings.weight[:taken])
     assert torch.equal(net.embed_text.position.weight[taken:], before[taken:])
+    assert {entry.name: entry.num_new for entry in report.entries}["embed_text.position.weight"] == 32 * (
+        tiny.MAX_WORDS - taken
+    )
 
 
 def test_oldest_names_and_a_model_with_heads_are_read(tmp_path: Path) -> None:
@@ -334,7 +341,7 @@ def test_other_ffn_is_refused_with_both_shapes(tmp_path: Path) -> None:
 def test_other_heads_are_refused_where_attention_is_berts_and_noted_for_a_vit(tmp_path: Path) -> None:
     refused(model(), "has 4 heads and model.num_heads is 2", text=bert_folder(tmp_path, bert(num_attention_heads=4)))
     report = start(model(), image=saved(vit(), tmp_path))
-    assert any("ViTs have width / 64 = 0, the model has 2" in note for note in report.notes)
+    assert any("those of ViTs are 64 wide, the model's 16" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

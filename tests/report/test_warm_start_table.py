@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import tiny
 from rich.console import Console
 
@@ -18,10 +20,15 @@ def shown(report: LoadReport, width: int = 80) -> str:
 
 def entries() -> tuple[Entry, ...]:
     """A base-sized model's names with a long shape that was fitted."""
-    found = [Entry(name, "loaded", tuple(value.shape), None) for name, value in tiny.model().named_parameters()]
+    found = [Entry(name, "loaded", tuple(value.shape), None, 0) for name, value in tiny.model().named_parameters()]
     return (
-        *(Entry(one.name, "new", one.shape, None) if one.name.startswith(("blocks.1.", "word_head")) else one for one in found),
-        Entry("embed_text.word.weight", "resampled", (30522, 768), (28996, 768)),
+        *(
+            Entry(one.name, "new", one.shape, None, math.prod(one.shape))
+            if one.name.startswith(("blocks.1.", "word_head"))
+            else one
+            for one in found
+        ),
+        Entry("embed_text.word.weight", "resampled", (30522, 768), (28996, 768), 768),
     )
 
 
