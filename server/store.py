@@ -193,16 +193,7 @@ class RunStore:
             began_with = self._manifest["fingerprint"], self._manifest["run_id"]
         except (ValueError, KeyError, TypeError):
             raise RunError(f"{path} is damaged; start the run anew in another folder with --out") from None
-        if began_with[0] != self._experiment.fingerprint():
-            raise RunError(
-                f"the experiment has changed since the run in {self.folder} began (fingerprints differ), so going on would "
-                "mix two experiments; restore the config, or start anew in another folder with --out"
-            )
-        if self._manifest.get("warm_start", {}) != warm_start_hashes(self._experiment):
-            raise RunError(
-                f"the files of model.warm_start are not those that the run in {self.folder} began with (hashes differ); put "
-                "them back, or start anew in another folder with --out"
-            )
+        self._check_unchanged(began_with[0])
         self._checkpoints.mkdir(exist_ok=True)
         for partial in self._checkpoints.glob(".*.partial"):
             shutil.rmtree(partial)
@@ -214,6 +205,19 @@ class RunStore:
         _replace(self.folder / "config.yaml", self._experiment.to_yaml())
         self._manifest |= {"state": "running", "cause": None}
         self._write_manifest()
+
+    def _check_unchanged(self, fingerprint: str) -> None:
+        """Raise RunError unless the experiment, and the files that it starts from, are those that the run began with."""
+        if fingerprint != self._experiment.fingerprint():
+            raise RunError(
+                f"the experiment has changed since the run in {self.folder} began (fingerprints differ), so going on would "
+                "mix two experiments; restore the config, or start anew in another folder with --out"
+            )
+        if self._manifest.get("warm_start", {}) != warm_start_hashes(self._experiment):
+            raise RunError(
+                f"the files of model.warm_start are not those that the run in {self.folder} began with (hashes differ); put "
+                "them back, or start anew in another folder with --out"
+            )
 
     def _lock(self) -> None:
         """Keep the folder to this process while it lives; the kernel lets go of it however the process ends."""
