@@ -39,10 +39,14 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """One examination as the loaders hand it out: grey values [S, S] uint8, token ids [L] int64, or None where absent."""
+    """One examination as the loaders hand it out: grey values [S, S] uint8, token ids [L] int64, or None where absent.
+
+    ``patient``: a number that the patient's studies share and no other's do; it never leaves the site. None: not known.
+    """
 
     image: Tensor | None
     text: Tensor | None
+    patient: int | None = None
 
     @property
     def stream(self) -> Stream:
@@ -61,12 +65,14 @@ class Batch:
     ``image``: float [number with image, S, S] in 0..1, or None if no study has one.
     ``text``: int64 token ids [number with text, L], padded with 0, or None if no study has one.
     ``has_image``, ``has_text``: bool [B], True where the study owns the next row of ``image`` / ``text``.
+    ``patient``: int64 [B], alike where studies are of one patient, or None if that is not known.
     """
 
     image: Tensor | None
     text: Tensor | None
     has_image: Tensor
     has_text: Tensor
+    patient: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check once, where data enters, that rows and masks agree."""
@@ -79,6 +85,10 @@ class Batch:
             )
         if not bool((self.has_image | self.has_text).all()):
             raise DataError("a study in the batch has neither an image nor a report")
+        if self.patient is not None and self.patient.shape != self.has_image.shape:
+            raise DataError(
+                f"batch holds {len(self.has_image)} studies and {len(self.patient)} patient numbers; give one a study"
+            )
 
     def __len__(self) -> int:
         return len(self.has_image)

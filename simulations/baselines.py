@@ -78,11 +78,13 @@ def union(batches: Sequence[Batch]) -> Batch:
     """Batches as one, study after study; reports padded to the longest of all."""
     images = [batch.image for batch in batches if batch.image is not None]
     texts = [row for batch in batches if batch.text is not None for row in batch.text]
+    patients = [batch.patient for batch in batches if batch.patient is not None]
     return Batch(
         image=torch.cat(images) if images else None,
         text=pad(texts) if texts else None,
         has_image=torch.cat([batch.has_image for batch in batches]),
         has_text=torch.cat([batch.has_text for batch in batches]),
+        patient=torch.cat(patients) if len(patients) == len(batches) else None,
     )
 
 

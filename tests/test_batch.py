@@ -78,6 +78,11 @@ def test_batch_with_an_empty_study_is_refused() -> None:
         Batch(tiny.images(1), None, mask(HAS, LACKS), mask(LACKS, LACKS))
 
 
+def test_patient_numbers_are_one_a_study() -> None:
+    with pytest.raises(DataError, match="2 studies and 1 patient numbers; give one a study"):
+        Batch(tiny.images(2), None, mask(HAS, HAS), mask(LACKS, LACKS), torch.tensor([4]))
+
+
 def test_absent_modality_is_absent() -> None:
     assert tiny.batch("ii").text is None
     assert tiny.batch("tt").image is None

@@ -29,7 +29,7 @@ def model(seed: int = 0, *, vocabulary: int = VOCABULARY, **sizes: object) -> Mi
         return MixedModel(wanted, image_size=IMAGE_SIZE, max_words=MAX_WORDS, vocabulary=vocabulary)
 
 
-def learner(seed: int = 0, *, sizes: dict[str, Any] | None = None, **objectives: float) -> Learner:
+def learner(seed: int = 0, *, sizes: dict[str, Any] | None = None, **objectives: float | str) -> Learner:
     """A learner with the tiny model; objectives that are not named have weight 0."""
     weights: dict[str, Any] = {"mvm": 0.0, "mlm": 0.0, "contrast": 0.0, "match": 0.0} | objectives
     return Learner(model(seed, **(sizes or {})), config.Objectives(**weights), IDS)
@@ -55,14 +55,15 @@ def words(num: int, seed: int = 0, lengths: Sequence[int] | None = None) -> Tens
     return ids
 
 
-def batch(kinds: str, seed: int = 0) -> Batch:
-    """Studies in the order of ``kinds``: i an image, t a report, p a pair."""
+def batch(kinds: str, seed: int = 0, *, patients: Sequence[int] | None = None) -> Batch:
+    """Studies in the order of ``kinds``: i an image, t a report, p a pair. Each has a patient of its own unless told."""
     num_images, num_texts = sum(kind in "ip" for kind in kinds), sum(kind in "tp" for kind in kinds)
     return Batch(
         image=images(num_images, seed) if num_images else None,
         text=words(num_texts, seed) if num_texts else None,
         has_image=torch.tensor([kind in "ip" for kind in kinds]),
         has_text=torch.tensor([kind in "tp" for kind in kinds]),
+        patient=torch.tensor(patients or range(len(kinds))),
     )
 
 

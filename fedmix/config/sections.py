@@ -186,7 +186,15 @@ class Objectives(Section):
     hide_text_alone: OpenFraction = 0.25
     hide_text_paired: OpenFraction = 0.15
     hide_text_joint: OpenFraction = 0.50
-    label_smoothing: Fraction = Field(default=0.0, description="of the contrastive targets")
+    label_smoothing: Fraction = Field(default=0.0, description="of the contrastive targets, over all reports alike")
+    soft_targets: Fraction = Field(
+        default=0.0,
+        description="share of the contrastive targets that reports alike to the round-start model have among them; .1 to .3",
+    )
+    soft_temperature: Positive = Field(default=0.1, description="of the likeness of reports; lower is more selective")
+    same_patient: Literal["negative", "left_out"] = Field(
+        default="negative", description="whether another study of the same patient is a negative of contrast or not compared"
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Objectives:
@@ -194,6 +202,8 @@ class Objectives(Section):
             raise ValueError("every objective has weight 0; give at least one a positive weight")
         if self.match > 0 and self.joint_share == 0:
             raise ValueError("match reads image and report as one sequence: set joint_share above 0")
+        if self.label_smoothing and (self.soft_targets or self.same_patient == "left_out"):
+            raise ValueError("label_smoothing gives every report a share, also those left out or unlike; set it to 0 here")
         return self
 
 

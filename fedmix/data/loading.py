@@ -6,6 +6,7 @@ pairs are drawn evenly, because a batch of equally long reports would make contr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,18 +65,26 @@ def study(shard: Shard, row: int) -> Study:
     return Study(
         image=None if image is None else torch.from_numpy(np.array(image)),
         text=None if words is None else torch.from_numpy(np.array(words, dtype=np.int64)),
+        patient=_number(str(shard.patient[row])),
     )
+
+
+def _number(patient: str) -> int:
+    """A 63-bit number for a keyed hash, so that a tensor can hold it; alike at no two sites, whose keys differ."""
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") >> 1
 
 
 def collate(studies: Sequence[Study]) -> Batch:
     """Studies of any streams as one batch: grey values scaled to 0..1, words padded to the longest report here."""
     images = [one.image for one in studies if one.image is not None]
     texts = [one.text for one in studies if one.text is not None]
+    patients = [one.patient for one in studies if one.patient is not None]
     return Batch(
         image=torch.stack(images).float().div_(255.0) if images else None,
         text=pad(texts) if texts else None,
         has_image=torch.tensor([one.image is not None for one in studies]),
         has_text=torch.tensor([one.text is not None for one in studies]),
+        patient=torch.tensor(patients) if len(patients) == len(studies) else None,
     )
 
 

@@ -189,6 +189,7 @@ def train(
     done = _Work()
     model.train()
     model.skips_padding = True
+    learner = learner.at_round_start()
     for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
         batch = batches.batch(step)
         chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))

@@ -11,15 +11,54 @@ from torch import Tensor
 
 from fedmix.batch import Term
 
+NOT_COMPARED = -1e4  # a logit that softmax makes exactly zero, and unlike -inf times a target of zero is zero
 
-def contrast_term(image_BE: Tensor, text_BE: Tensor, temperature: Tensor, *, label_smoothing: float = 0.0) -> Term:
-    """Symmetric InfoNCE on unit embeddings (CLIP, 2103.00020), weight: pairs. One pair alone teaches nothing: zero."""
-    with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 would round similarities before they are sharpened
-        logits_BB = image_BE.float() @ text_BE.float().T / temperature.float()
-    target_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    forward = F.cross_entropy(logits_BB, target_B, reduction="sum", label_smoothing=label_smoothing)
-    backward = F.cross_entropy(logits_BB.T, target_B, reduction="sum", label_smoothing=label_smoothing)
+
+def contrast_term(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    temperature: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    target_BB: Tensor | None = None,
+    compared_BB: Tensor | None = None,
+) -> Term:
+    """Symmetric InfoNCE on unit embeddings (CLIP, 2103.00020), weight: pairs. One pair alone teaches nothing: zero.
+
+    ``target_BB``: what share of pair i's target pair j is (``soft_targets``); None gives a pair its own other side alone.
+    ``compared_BB``: True where pair j may stand in pair i's denominator (``other_patients``); None compares all.
+    """
+    logits_BB = similarity(image_BE, text_BE) / temperature.float()
+    if compared_BB is not None:
+        logits_BB = logits_BB.masked_fill(~compared_BB, NOT_COMPARED)
+    target = torch.arange(len(logits_BB), device=logits_BB.device) if target_BB is None else target_BB
+    forward = F.cross_entropy(logits_BB, target, reduction="sum", label_smoothing=label_smoothing)
+    backward = F.cross_entropy(logits_BB.T, target, reduction="sum", label_smoothing=label_smoothing)
     return Term(total=0.5 * (forward + backward), weight=forward.new_tensor(float(len(logits_BB))))
+
+
+def similarity(left_BE: Tensor, right_BE: Tensor) -> Tensor:
+    """Cosines [B, B] of unit embeddings in float32: bfloat16 would round them before a temperature sharpens them."""
+    with torch.autocast(left_BE.device.type, enabled=False):
+        return left_BE.float() @ right_BE.float().T
+
+
+def soft_targets(text_BE: Tensor, *, share: float, temperature: float, compared_BB: Tensor | None = None) -> Tensor:
+    """Targets [B, B]: 1 - share for the pair itself, and ``share`` spread over the reports by how alike they are.
+
+    "No acute disease" stands in many reports; a hard target calls all but one of them wrong (MedCLIP, 2210.10163).
+    ``text_BE`` are features that this loss does not move, or reports would grow alike because they are called alike.
+    """
+    alike_BB = similarity(text_BE, text_BE) / temperature
+    if compared_BB is not None:
+        alike_BB = alike_BB.masked_fill(~compared_BB, NOT_COMPARED)
+    own_BB = torch.eye(len(text_BE), device=text_BE.device)
+    return ((1.0 - share) * own_BB + share * alike_BB.softmax(dim=1)).detach()
+
+
+def other_patients(patient_B: Tensor) -> Tensor:
+    """Bool [B, B]: True for the pair itself and for pairs of other patients, whose reports really are another's."""
+    return patient_B[:, None].ne(patient_B[None]) | torch.eye(len(patient_B), dtype=torch.bool, device=patient_B.device)
 
 
 def match_term(logit_B: Tensor, belongs_B: Tensor) -> Term:

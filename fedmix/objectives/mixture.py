@@ -7,29 +7,38 @@ here the image helps the words and the words the image, and mismatched reports t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
 from fedmix import config
 from fedmix.batch import Batch, Term
-from fedmix.errors import ConfigError
+from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
-from fedmix.objectives.alignment import contrast_term, match_term
+from fedmix.objectives.alignment import contrast_term, match_term, other_patients, soft_targets
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A model, the objectives of a stage, and the word ids: everything a step needs besides data and chance."""
+    """A model, the objectives of a stage, and the word ids: everything a step needs besides data and chance.
+
+    ``start``: a frozen copy of the model as the round began, where an objective looks back to it.
+    """
 
     model: MixedModel
     objectives: config.Objectives
     word_ids: WordIds
+    start: MixedModel | None = None
+
+    def at_round_start(self) -> Learner:
+        """The learner of a round that begins now."""
+        return replace(self, start=_frozen(self.model) if self.objectives.soft_targets else None)
 
     def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
         """All terms that this batch allows: mvm, mlm, contrast, match. A term of weight 0 in the config is not computed."""
@@ -42,7 +51,8 @@ class Learner:
         if batch.image is not None and batch.text is not None and len(rows.image_paired):
             image_BSS, words_BL = batch.image[rows.image_paired], batch.text[rows.text_paired]
             encoded = self._see(image_BSS, self.objectives.hide_image_paired, generator, found)
-            self._align(encoded, self._read(words_BL, self.objectives.hide_text_paired, generator, found), found)
+            read = self._read(words_BL, self.objectives.hide_text_paired, generator, found)
+            self._align(encoded, read, words_BL, self._compared(batch), found)
             self._join(image_BSS, words_BL, generator, found)
         return _added(found)
 
@@ -72,7 +82,9 @@ class Learner:
             found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
         return encoded
 
-    def _align(self, image: Encoded, text: Encoded, found: list[tuple[str, Term]]) -> None:
+    def _align(
+        self, image: Encoded, text: Encoded, words_BL: Tensor, compared_BB: Tensor | None, found: list[tuple[str, Term]]
+    ) -> None:
         """Contrast between the two passes over the same pairs."""
         if not self.objectives.contrast:
             return
@@ -81,8 +93,27 @@ class Learner:
             self.model.embed("text", text),
             self.model.projection.temperature(),
             label_smoothing=self.objectives.label_smoothing,
+            target_BB=self._targets(words_BL, compared_BB),
+            compared_BB=compared_BB,
         )
         found.append(("contrast", term))
+
+    def _targets(self, words_BL: Tensor, compared_BB: Tensor | None) -> Tensor | None:
+        """Soft targets by whole reports as the round-start model reads them; outside a round, as the model itself does."""
+        if not self.objectives.soft_targets:
+            return None
+        # No torch.no_grad: under autocast it would leave casts of the model's own weights behind that pass no gradient on.
+        text_BE = (self.start or self.model).encode_text(words_BL)
+        share, temperature = self.objectives.soft_targets, self.objectives.soft_temperature
+        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=compared_BB)
+
+    def _compared(self, batch: Batch) -> Tensor | None:
+        """Which pairs of the batch may be each other's negatives, [pairs, pairs]; None for all."""
+        if self.objectives.same_patient == "negative":
+            return None
+        if batch.patient is None:
+            raise DataError("same_patient = left_out needs to know which studies are of one patient; the batch does not say")
+        return other_patients(batch.patient[batch.is_paired])
 
     def _join(self, image_BSS: Tensor, words_BL: Tensor, generator: Generator, found: list[tuple[str, Term]]) -> None:
         """Read a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching."""
@@ -116,6 +147,11 @@ class Learner:
 
     def _word_term(self, encoded: Encoded, words_BL: Tensor, hidden_BL: Tensor) -> Term:
         return masked_word_term(self.model.word_head(encoded.tokens["text"][hidden_BL]), words_BL[hidden_BL])
+
+
+def _frozen(model: MixedModel) -> MixedModel:
+    """A copy that no gradient reaches."""
+    return copy.deepcopy(model).requires_grad_(requires_grad=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmix.batch import Batch
+from fedmix.batch import Batch, Study
 from fedmix.data.loading import Sampler, collate, pad, study
 from fedmix.data.shard import Shard, ShardWriter
 from fedmix.data.tokenizer import Tokenizer
@@ -216,3 +216,26 @@ def test_shard_on_another_path_gives_the_same_batches(shard: Shard, tmp_path: Pa
     """Where a file lies changes nothing, so the seed must not come from the path."""
     moved = Shard.open(Path(shutil.copytree(shard.path, tmp_path / "elsewhere")))
     assert same(sampler(shard, "paired").batch(9), sampler(moved, "paired").batch(9))
+
+
+def test_studies_of_one_patient_share_a_number_and_no_others_do(tmp_path: Path) -> None:
+    patients = ["ada", "bob", "ada", "eve", "bob"]
+    numbers: list[list[int]] = []
+    for key in (bytes(32), bytes(31) + b"1"):
+        settings = {"image_size": SIZE, "tokenizer": Tokenizer.load(), "key": key, "split_shares": (1.0, 0.0, 0.0)}
+        with ShardWriter(tmp_path / key.hex(), **settings) as writer:
+            for number, patient in enumerate(patients):
+                writer.add(patient=patient, study=str(number), image=image_of(number))
+        opened = Shard.open(tmp_path / key.hex())
+        batch = collate([study(opened, row) for row in range(5)])
+        assert batch.patient is not None
+        assert batch.patient.dtype == torch.int64
+        numbers.append(batch.patient.tolist())
+    for one in numbers:
+        assert [one.index(number) for number in one] == [patients.index(patient) for patient in patients]
+    assert set(numbers[0]).isdisjoint(numbers[1])  # sites do not know each other's patients
+
+
+def test_batch_of_studies_without_a_patient_knows_none() -> None:
+    image = torch.zeros(4, 4, dtype=torch.uint8)
+    assert collate([Study(image, None, 3), Study(image, None)]).patient is None

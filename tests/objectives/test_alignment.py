@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmix.objectives.alignment import contrast_term, match_term
+from fedmix.objectives.alignment import contrast_term, match_term, other_patients, soft_targets
 
 TENTH = torch.tensor(0.1)
 
@@ -75,6 +75,63 @@ def test_contrast_is_float32_to_the_bit_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = contrast_term(image, text, torch.tensor(0.01)).total
     assert torch.equal(found, expected)
+
+
+# ---- soft targets and pairs that are not compared
+
+
+def test_soft_targets_of_three_reports_by_hand() -> None:
+    """Two reports alike and one at a right angle: softmax of (1, 1, 0) at temperature 1 is (e, e, 1) / (2 e + 1)."""
+    text = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    e, share = math.e, 0.3
+    alike, apart = share * e / (2 * e + 1), share / (2 * e + 1)
+    odd, own = share / (e + 2), 0.7 + share * e / (e + 2)
+    expected = torch.tensor([[0.7 + alike, alike, apart], [alike, 0.7 + alike, apart], [odd, odd, own]])
+    torch.testing.assert_close(soft_targets(text, share=share, temperature=1.0), expected)
+
+
+def test_soft_contrast_with_pairs_left_out_equals_a_loop() -> None:
+    """Pairs 0 and 3, and 1 and 4, are of one patient each: neither in the other's denominator nor in its target."""
+    image, text = pairs(5)
+    features, _ = pairs(5, seed=9)
+    patient = [7, 8, 9, 7, 8]
+    compared = other_patients(torch.tensor(patient))
+    allowed = [[j for j in range(5) if j == i or patient[j] != patient[i]] for i in range(5)]
+    total = 0.0
+    for own, other in ((image, text), (text, image)):
+        for i in range(5):
+            log_sum = math.log(sum(math.exp(float(own[i] @ other[j]) / 0.1) for j in allowed[i]))
+            alike = {j: math.exp(float(features[i] @ features[j]) / 0.2) for j in allowed[i]}
+            for j in allowed[i]:
+                target = 0.8 * (i == j) + 0.2 * alike[j] / sum(alike.values())
+                total -= 0.5 * target * (float(own[i] @ other[j]) / 0.1 - log_sum)
+    target = soft_targets(features, share=0.2, temperature=0.2, compared_BB=compared)
+    term = contrast_term(image, text, TENTH, target_BB=target, compared_BB=compared)
+    assert term.total.item() == pytest.approx(total, rel=1e-5)
+    assert term.weight.item() == 5
+
+
+def test_soft_targets_of_no_share_are_the_hard_ones() -> None:
+    image, text = pairs(6)
+    target = soft_targets(text, share=0.0, temperature=0.1)
+    torch.testing.assert_close(
+        contrast_term(image, text, TENTH, target_BB=target).total, contrast_term(image, text, TENTH).total
+    )
+
+
+def test_soft_targets_carry_no_gradient() -> None:
+    _, text = pairs(4)
+    assert not soft_targets(text.requires_grad_(), share=0.2, temperature=0.1).requires_grad
+
+
+def test_pair_left_out_gets_no_gradient_from_the_other() -> None:
+    """Two pairs of one patient: nothing is left to compare, so nothing moves."""
+    image, text = pairs(2)
+    term = contrast_term(image.requires_grad_(), text, TENTH, compared_BB=other_patients(torch.tensor([5, 5])))
+    term.total.backward()
+    assert term.total == 0
+    assert image.grad is not None
+    assert not image.grad.any()
 
 
 def test_match_equals_binary_cross_entropy() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedmix.batch import Batch, Term
-from fedmix.errors import ConfigError
+from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import MixedModel
 from fedmix.model.layers import to_patches
-from fedmix.objectives.alignment import contrast_term
+from fedmix.objectives.alignment import contrast_term, soft_targets
 from fedmix.objectives.masking import hide_patches, hide_words
 from fedmix.objectives.mixture import Learner
 from fedmix.objectives.reconstruction import masked_patch_term
@@ -29,7 +30,7 @@ def only(batch: Batch, kind: str) -> Batch:
     wanted = {"i": batch.has_image & ~batch.has_text, "t": batch.has_text & ~batch.has_image, "p": batch.is_paired}[kind]
     image = batch.image[wanted[batch.has_image]] if batch.image is not None and kind != "t" else None
     text = batch.text[wanted[batch.has_text]] if batch.text is not None and kind != "i" else None
-    return Batch(image, text, batch.has_image[wanted], batch.has_text[wanted])
+    return Batch(image, text, batch.has_image[wanted], batch.has_text[wanted], batch.patient[wanted])
 
 
 def added(parts: Iterable[dict[str, Term]]) -> dict[str, Term]:
@@ -236,6 +237,57 @@ def test_contrast_compares_each_image_with_its_own_report() -> None:
     assert (terms["contrast"].total - other["contrast"].total).abs() > 1e-4
 
 
+def test_soft_targets_come_from_whole_reports_as_the_round_start_model_reads_them() -> None:
+    """The model has moved on since; what it was is what says which reports are alike."""
+    learner = tiny.learner(contrast=1.0, soft_targets=0.3, soft_temperature=0.2).at_round_start()
+    batch = tiny.batch("tpppp")
+    for parameter in learner.model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=tiny.generator(1))
+    found = learner.terms(batch, tiny.generator())["contrast"].total
+
+    net, chance = learner.model, tiny.generator()
+    words = batch.text[batch.paired_text_rows()]
+    seen = net.encode(image_BSS=batch.image, visible_BK=hide_patches(4, 16, 0.40, chance).visible_BK)
+    read = net.encode(words_BL=hide_words(words, 0.15, tiny.IDS, chance).words_BL)
+    totals = [
+        contrast_term(
+            net.embed("image", seen),
+            net.embed("text", read),
+            net.projection.temperature(),
+            target_BB=soft_targets(source.encode_text(words), share=0.3, temperature=0.2),
+        ).total.item()
+        for source in (tiny.model(), net)
+    ]
+    assert found.item() == pytest.approx(totals[0], rel=1e-5)
+    assert abs(totals[0] - totals[1]) > 1e-3
+
+
+def test_round_start_copy_is_made_where_it_is_needed_and_takes_no_gradient() -> None:
+    assert tiny.learner(**EVERYTHING).at_round_start().start is None
+    learner = tiny.learner(contrast=1.0, soft_targets=0.2).at_round_start()
+    learner.loss(learner.terms(tiny.batch("pppp"), tiny.generator())).backward()
+    assert learner.start is not None
+    assert learner.start is not learner.model
+    assert not tiny.touched(learner.start)
+
+
+def test_other_study_of_the_patient_is_no_negative_where_left_out() -> None:
+    """Among studies of other kinds, too: patients are looked up by study, not by pair."""
+    everyone_differs, two_alike = (
+        tiny.batch("ippptp", patients=patients) for patients in ((9, 1, 2, 3, 9, 4), (9, 1, 2, 1, 9, 4))
+    )
+    learner = tiny.learner(contrast=1.0, same_patient="left_out")
+    plain = tiny.learner(contrast=1.0).terms(two_alike, tiny.generator())["contrast"].total
+    assert torch.equal(learner.terms(everyone_differs, tiny.generator())["contrast"].total, plain)
+    assert learner.terms(two_alike, tiny.generator())["contrast"].total < plain - 0.1
+
+
+def test_leaving_patients_out_of_a_batch_that_knows_none_is_refused() -> None:
+    batch = tiny.batch("pp")
+    with pytest.raises(DataError, match=r"same_patient = left_out needs to know which studies are of one patient"):
+        tiny.learner(contrast=1.0, same_patient="left_out").terms(replace(batch, patient=None), tiny.generator())
+
+
 # ---- each objective can be learned: 8 studies, one fixed mask, 150 steps
 
 
@@ -245,6 +297,12 @@ def test_contrast_compares_each_image_with_its_own_report() -> None:
         pytest.param("i", {"mvm": 1.0, "hide_image_alone": 0.5}, 0.1, id="mvm (the mean image errs by 1.23)"),
         pytest.param("t", {"mlm": 1.0}, 0.05, id="mlm (a guess costs ln 45 = 3.81)"),
         pytest.param("p", {"contrast": 1.0, "hide_image_paired": 0.1}, 0.02, id="contrast (a guess costs ln 8 = 2.08)"),
+        pytest.param(
+            "p",
+            {"contrast": 1.0, "hide_image_paired": 0.1, "soft_targets": 0.1, "soft_temperature": 0.02},
+            0.6,
+            id="contrast with soft targets (a guess costs ln 8 = 2.08; what is left is the targets' own spread)",
+        ),
         pytest.param(
             "p",
             {"match": 1.0, "joint_share": 1.0, "hide_image_joint": 0.3, "hide_text_joint": 0.2},

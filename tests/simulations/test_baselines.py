@@ -67,6 +67,8 @@ def test_a_union_batch_holds_every_site_s_batch_of_that_step_unchanged(tmp_path:
         assert own is not None
         assert torch.equal(rows[:, : own.shape[1]], own)
         assert not rows[:, own.shape[1] :].any(), "what a longer report of another site adds is padding"
+    own = [source.batch(5).patient for source in (images, texts, pairs)]
+    assert torch.equal(batch.patient, torch.cat(own))
     # The masks of the objectives find the pairs: image rows 4..7 belong to text rows 4..7.
     assert batch.paired_image_rows().tolist() == batch.paired_text_rows().tolist() == [4, 5, 6, 7]
 
