@@ -110,6 +110,10 @@ def test_every_mistake_is_named_at_once() -> None:
         (["data.held_out.phantom=null"], "held_out either phantom or shards"),
         (["stages.paired.objectives.match=1"], "set joint_share above 0"),
         (
+            ["model.contrast_form=sigmoid", "stages.paired.objectives.soft_targets=.2"],
+            "stage 'paired': soft_targets and label_smoothing share one choice out",
+        ),
+        (
             ["stages.paired.objectives.label_smoothing=.1", "stages.paired.objectives.soft_targets=.2"],
             "label_smoothing gives every report a share",
         ),
@@ -315,6 +319,7 @@ DECIDES = {
     "model.decoder_depth": 2,
     "model.decoder_heads": 2,
     "model.embedding": 32,
+    "model.contrast_form": "sigmoid",
     "stages.1.name": "pairs",
     "stages.1.rounds": 4,
     "stages.0.streams": "[image]",

@@ -160,6 +160,10 @@ class Model(Section):
         """Fill what ``size`` stands for in under the keys that are given."""
         size = values.get("size") if isinstance(values, dict) else None
         return SIZES[size] | values if isinstance(size, str) and size in SIZES else values
+    contrast_form: Literal["softmax", "sigmoid"] = Field(
+        default="softmax",
+        description="contrast as one choice among the batch (CLIP), or as a yes or no for each two with a learned bias (SigLIP)",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
@@ -450,6 +454,11 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
                 f"stage {stage.name!r}: its {stream} sites have nothing to learn; give objectives.{weight} a positive weight, "
                 f"or take {stream!r} out of its streams"
             )
+    if experiment.model.contrast_form == "sigmoid" and (stage.objectives.soft_targets or stage.objectives.label_smoothing):
+        raise ValueError(
+            f"stage {stage.name!r}: soft_targets and label_smoothing share one choice out among reports, and "
+            "model.contrast_form = sigmoid makes none; set them to 0"
+        )
     aggregation = experiment.aggregation
     if aggregation.rule == "paired_only" and "paired" not in streams:
         raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")

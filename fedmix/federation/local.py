@@ -264,5 +264,5 @@ def is_for_muon(name: str, num_dims: int) -> bool:
 
 
 def _is_tag(name: str) -> bool:
-    """Positions, tags and the temperature: decaying them towards zero means nothing."""
-    return any(part in name for part in ("position", "tag", "temperature"))
+    """Positions, tags, the temperature and the sigmoids' bias: decaying them towards zero means nothing."""
+    return any(part in name for part in ("position", "tag", "temperature", "contrast_bias"))

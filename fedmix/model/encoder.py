@@ -76,7 +76,7 @@ class MixedModel(nn.Module):
         super().__init__()
         side = image_size // sizes.patch_size
         self.image_size, self.patch_size, self.num_patches = image_size, sizes.patch_size, side * side
-        self.vision_target = sizes.vision_target
+        self.vision_target, self.contrast_form = sizes.vision_target, sizes.contrast_form
         # On: the text experts skip padding, 40 % of a batch of pairs. Off where gradients are taken study by study (Opacus),
         # because skipping flattens studies into one long list of words.
         self.skips_padding = False
@@ -97,7 +97,7 @@ class MixedModel(nn.Module):
             num_values=pyramid.num_values(sizes.vision_target, sizes.patch_size),
         )
         self.word_head = WordHead(sizes.width, vocabulary)
-        self.projection = Projection(sizes.width, sizes.embedding)
+        self.projection = Projection(sizes.width, sizes.embedding, has_bias=sizes.contrast_form == "sigmoid")
         self.match_head = MatchHead(sizes.width)
 
     def encode(

@@ -60,16 +60,19 @@ class WordHead(nn.Module):
 
 
 class Projection(nn.Module):
-    """Unit-norm embeddings for contrast and retrieval, and the temperature they are compared at."""
+    """Unit-norm embeddings for contrast and retrieval, the temperature they are compared at, and for sigmoids a bias."""
 
     MIN_TEMPERATURE, MAX_TEMPERATURE, START = 0.01, 0.5, 0.1
+    BIAS_START = -10.0  # most pairs do not belong together: else the first steps only learn that (SigLIP, 2303.15343)
 
-    def __init__(self, width: int, embedding: int) -> None:
+    def __init__(self, width: int, embedding: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.image = nn.Linear(2 * width, embedding)
         self.text = nn.Linear(2 * width, embedding)
         self.log_temperature = nn.Embedding(1, 1)
         nn.init.constant_(self.log_temperature.weight, torch.tensor(self.START).log().item())
+        if has_bias:  # made without chance, so that the rest of the model starts as it would without
+            self.contrast_bias = nn.Embedding(1, 1, _weight=torch.full((1, 1), self.BIAS_START))
 
     def embed(self, modality: str, tokens_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
         """Mean and maximum of the present tokens after the summary, projected to the unit sphere: [B, E] float32.
@@ -93,6 +96,11 @@ class Projection(nn.Module):
         zero = torch.zeros(1, dtype=torch.long, device=self.log_temperature.weight.device)
         temperature: Tensor = self.log_temperature(zero).exp()
         return temperature.clamp(self.MIN_TEMPERATURE, self.MAX_TEMPERATURE).squeeze()
+
+    def bias(self) -> Tensor:
+        """The learned bias of the sigmoid form."""
+        bias: Tensor = self.contrast_bias(torch.zeros(1, dtype=torch.long, device=self.contrast_bias.weight.device))
+        return bias.squeeze()
 
 
 class MatchHead(nn.Module):

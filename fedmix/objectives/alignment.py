@@ -37,6 +37,21 @@ def contrast_term(
     return Term(total=0.5 * (forward + backward), weight=forward.new_tensor(float(len(logits_BB))))
 
 
+def sigmoid_contrast_term(
+    image_BE: Tensor, text_BE: Tensor, temperature: Tensor, bias: Tensor, *, compared_BB: Tensor | None = None
+) -> Term:
+    """One binary question for each image with each report (SigLIP, 2303.15343, section 3.2), weight: pairs.
+
+    There is no denominator over the batch, so that a small one is no other task. ``compared_BB``: as in ``contrast_term``.
+    """
+    logits_BB = similarity(image_BE, text_BE) / temperature.float() + bias.float()
+    sign_BB = 2.0 * torch.eye(len(logits_BB), device=logits_BB.device) - 1.0
+    error_BB = -F.logsigmoid(sign_BB * logits_BB)
+    if compared_BB is not None:
+        error_BB = error_BB.masked_fill(~compared_BB, 0.0)
+    return Term(total=error_BB.sum(), weight=error_BB.new_tensor(float(len(logits_BB))))
+
+
 def similarity(left_BE: Tensor, right_BE: Tensor) -> Tensor:
     """Cosines [B, B] of unit embeddings in float32: bfloat16 would round them before a temperature sharpens them."""
     with torch.autocast(left_BE.device.type, enabled=False):

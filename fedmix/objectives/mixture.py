@@ -19,7 +19,7 @@ from fedmix.batch import Batch, Term
 from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
-from fedmix.objectives.alignment import contrast_term, match_term, other_patients, soft_targets
+from fedmix.objectives.alignment import contrast_term, match_term, other_patients, sigmoid_contrast_term, soft_targets
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
@@ -88,14 +88,21 @@ class Learner:
         """Contrast between the two passes over the same pairs."""
         if not self.objectives.contrast:
             return
-        term = contrast_term(
-            self.model.embed("image", image),
-            self.model.embed("text", text),
-            self.model.projection.temperature(),
-            label_smoothing=self.objectives.label_smoothing,
-            target_BB=self._targets(words_BL, compared_BB),
-            compared_BB=compared_BB,
-        )
+        image_BE, text_BE = self.model.embed("image", image), self.model.embed("text", text)
+        projection = self.model.projection
+        if self.model.contrast_form == "sigmoid":
+            term = sigmoid_contrast_term(
+                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=compared_BB
+            )
+        else:
+            term = contrast_term(
+                image_BE,
+                text_BE,
+                projection.temperature(),
+                label_smoothing=self.objectives.label_smoothing,
+                target_BB=self._targets(words_BL, compared_BB),
+                compared_BB=compared_BB,
+            )
         found.append(("contrast", term))
 
     def _targets(self, words_BL: Tensor, compared_BB: Tensor | None) -> Tensor | None:

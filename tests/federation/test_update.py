@@ -5,7 +5,9 @@ import tiny
 import torch
 from torch import Tensor
 
+from fedmix import config
 from fedmix.errors import UpdateError
+from fedmix.federation.local import Optimisers
 from fedmix.federation.update import REACHED_BY, digest, group_of, mean_metrics, num_bytes, tower_of, typed
 
 # ---- groups and towers
@@ -45,6 +47,14 @@ def test_parameter_of_an_unknown_room_is_refused() -> None:
 )
 def test_tower_says_which_streams_reach_a_group(group: str, tower: str) -> None:
     assert tower_of(group) == tower
+
+
+def test_sigmoids_bias_is_sent_with_the_projection_and_not_decayed() -> None:
+    net = tiny.model(contrast_form="sigmoid")
+    assert group_of("projection.contrast_bias.weight") == "pair.projection"
+    adamw = Optimisers(net, config.Optimiser(weight_decay=0.5))._parts["adamw"][0]
+    undecayed = {parameter for group in adamw.param_groups if group["weight_decay"] == 0 for parameter in group["params"]}
+    assert net.projection.contrast_bias.weight in undecayed
 
 
 @pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])

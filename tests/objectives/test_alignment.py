@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmix.objectives.alignment import contrast_term, match_term, other_patients, soft_targets
+from fedmix.objectives.alignment import contrast_term, match_term, other_patients, sigmoid_contrast_term, soft_targets
 
 TENTH = torch.tensor(0.1)
 
@@ -132,6 +132,32 @@ def test_pair_left_out_gets_no_gradient_from_the_other() -> None:
     assert term.total == 0
     assert image.grad is not None
     assert not image.grad.any()
+
+
+# ---- the sigmoid form
+
+
+def test_sigmoid_contrast_of_two_pairs_by_hand() -> None:
+    """Logits of 1 - 1 for right pairs and 0 - 1 for wrong ones: two of ln 2 and two of ln(1 + 1 / e), over two pairs."""
+    term = sigmoid_contrast_term(torch.eye(2), torch.eye(2), torch.tensor(1.0), torch.tensor(-1.0))
+    assert term.mean().item() == pytest.approx(math.log(2) + math.log(1 + 1 / math.e), abs=1e-6)
+    assert term.weight.item() == 2
+
+
+@pytest.mark.parametrize("patient", [[1, 2, 3, 4, 5], [7, 8, 9, 7, 8]])
+def test_sigmoid_contrast_equals_a_loop_over_binary_questions(patient: list[int]) -> None:
+    image, text = pairs(5)
+    total = 0.0
+    for i in range(5):
+        for j in range(5):
+            yes = 1 / (1 + math.exp(-(float(image[i] @ text[j]) / 0.1 - 2.0)))
+            if i == j:
+                total -= math.log(yes)
+            elif patient[i] != patient[j]:
+                total -= math.log(1 - yes)
+    compared = other_patients(torch.tensor(patient))
+    term = sigmoid_contrast_term(image, text, TENTH, torch.tensor(-2.0), compared_BB=compared)
+    assert term.total.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_match_equals_binary_cross_entropy() -> None:
