@@ -336,6 +336,7 @@ DECIDES = {
     "stages.1.objectives.hide_text_alone": 0.5,
     "stages.1.objectives.hide_text_paired": 0.5,
     "stages.1.objectives.hide_text_joint": 0.4,
+    "stages.1.objectives.joint_masking": "one_at_a_time",
     "stages.1.objectives.label_smoothing": 0.1,
     "stages.1.objectives.soft_targets": 0.2,
     "stages.1.objectives.soft_temperature": 0.2,

@@ -162,7 +162,7 @@ class Model(Section):
         return SIZES[size] | values if isinstance(size, str) and size in SIZES else values
     contrast_form: Literal["softmax", "sigmoid"] = Field(
         default="softmax",
-        description="contrast as one choice among the batch (CLIP), or as a yes or no for each two with a learned bias (SigLIP)",
+        description="contrast as one choice among the batch (CLIP), or a yes or no for each two with a learned bias (SigLIP)",
     )
 
     @model_validator(mode="after")
@@ -190,6 +190,11 @@ class Objectives(Section):
     hide_text_alone: OpenFraction = 0.25
     hide_text_paired: OpenFraction = 0.15
     hide_text_joint: OpenFraction = 0.50
+    joint_masking: Literal["both", "one_at_a_time"] = Field(
+        default="both",
+        description="both sides of a joint sequence partly hidden, or half of the pairs with whole reports and half with whole "
+        "images (MaskVLM, 2208.02131)",
+    )
     label_smoothing: Fraction = Field(default=0.0, description="of the contrastive targets, over all reports alike")
     soft_targets: Fraction = Field(
         default=0.0,

@@ -27,7 +27,10 @@ class HiddenWords(NamedTuple):
 
 
 def hide_patches(num_studies: int, num_patches: int, ratio: float, generator: Generator) -> HiddenPatches:
-    """Hide a random share of the patches of each study; at least one stays visible and one hidden."""
+    """Hide a random share of the patches of each study; at least one stays visible and, unless the ratio is 0, one hidden."""
+    if ratio == 0:
+        places_BK = torch.arange(num_patches).expand(num_studies, -1)
+        return HiddenPatches(places_BK, torch.zeros(num_studies, num_patches, dtype=torch.bool))
     num_visible = min(num_patches - 1, max(1, round(num_patches * (1.0 - ratio))))
     order_BP = torch.rand(num_studies, num_patches, generator=generator).argsort(dim=1)
     visible_BK = order_BP[:, :num_visible]
@@ -46,8 +49,10 @@ class WordIds:
 def hide_words(words_BL: Tensor, ratio: float, ids: WordIds, generator: Generator) -> HiddenWords:
     """Hide each word with probability ``ratio``; padding and other special ids are never hidden.
 
-    A report of which chance hid nothing has one word hidden, so that no report is without a target.
+    A report of which chance hid nothing has one word hidden, so that no report is without a target; a ratio of 0 hides none.
     """
+    if ratio == 0:
+        return HiddenWords(words_BL, torch.zeros_like(words_BL, dtype=torch.bool))
     can_hide_BL = ~torch.isin(words_BL, torch.tensor(ids.special_ids))
     draw_BL = torch.rand(words_BL.shape, generator=generator).masked_fill(~can_hide_BL, 2.0)
     hidden_BL = (draw_BL < ratio) | (draw_BL == draw_BL.amin(dim=1, keepdim=True)) & can_hide_BL

@@ -45,15 +45,12 @@ class Learner:
         found: list[tuple[str, Term]] = []
         rows = _rows(batch)
         if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
-            encoded = self._see(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator, found)
+            self._see(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator, found)
         if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
             self._read(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator, found)
         if batch.image is not None and batch.text is not None and len(rows.image_paired):
-            image_BSS, words_BL = batch.image[rows.image_paired], batch.text[rows.text_paired]
-            encoded = self._see(image_BSS, self.objectives.hide_image_paired, generator, found)
-            read = self._read(words_BL, self.objectives.hide_text_paired, generator, found)
-            self._align(encoded, read, words_BL, self._compared(batch), found)
-            self._join(image_BSS, words_BL, generator, found)
+            pairs = _Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._compared(batch))
+            self._pair(pairs, generator, found)
         return _added(found)
 
     def loss(self, terms: Mapping[str, Term]) -> Tensor:
@@ -65,6 +62,13 @@ class Learner:
             )
         weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match"})
         return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
+
+    def _pair(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
+        """Read both sides of the pairs alone and compare these readings, then a share of the pairs as one sequence."""
+        seen = self._see(pairs.image_BSS, self.objectives.hide_image_paired, generator, found)
+        read = self._read(pairs.words_BL, self.objectives.hide_text_paired, generator, found)
+        self._align(seen, read, pairs, found)
+        self._join(pairs, generator, found)
 
     def _see(self, image_BSS: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
         """Read part of the images and predict the rest."""
@@ -82,9 +86,7 @@ class Learner:
             found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
         return encoded
 
-    def _align(
-        self, image: Encoded, text: Encoded, words_BL: Tensor, compared_BB: Tensor | None, found: list[tuple[str, Term]]
-    ) -> None:
+    def _align(self, image: Encoded, text: Encoded, pairs: _Pairs, found: list[tuple[str, Term]]) -> None:
         """Contrast between the two passes over the same pairs."""
         if not self.objectives.contrast:
             return
@@ -92,7 +94,7 @@ class Learner:
         projection = self.model.projection
         if self.model.contrast_form == "sigmoid":
             term = sigmoid_contrast_term(
-                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=compared_BB
+                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=pairs.compared_BB
             )
         else:
             term = contrast_term(
@@ -100,19 +102,19 @@ class Learner:
                 text_BE,
                 projection.temperature(),
                 label_smoothing=self.objectives.label_smoothing,
-                target_BB=self._targets(words_BL, compared_BB),
-                compared_BB=compared_BB,
+                target_BB=self._targets(pairs),
+                compared_BB=pairs.compared_BB,
             )
         found.append(("contrast", term))
 
-    def _targets(self, words_BL: Tensor, compared_BB: Tensor | None) -> Tensor | None:
+    def _targets(self, pairs: _Pairs) -> Tensor | None:
         """Soft targets by whole reports as the round-start model reads them; outside a round, as the model itself does."""
         if not self.objectives.soft_targets:
             return None
         # No torch.no_grad: under autocast it would leave casts of the model's own weights behind that pass no gradient on.
-        text_BE = (self.start or self.model).encode_text(words_BL)
+        text_BE = (self.start or self.model).encode_text(pairs.words_BL)
         share, temperature = self.objectives.soft_targets, self.objectives.soft_temperature
-        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=compared_BB)
+        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=pairs.compared_BB)
 
     def _compared(self, batch: Batch) -> Tensor | None:
         """Which pairs of the batch may be each other's negatives, [pairs, pairs]; None for all."""
@@ -122,17 +124,37 @@ class Learner:
             raise DataError("same_patient = left_out needs to know which studies are of one patient; the batch does not say")
         return other_patients(batch.patient[batch.is_paired])
 
-    def _join(self, image_BSS: Tensor, words_BL: Tensor, generator: Generator, found: list[tuple[str, Term]]) -> None:
+    def _join(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
         """Read a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching."""
-        num_joint = round(self.objectives.joint_share * len(image_BSS))
-        if num_joint == 0:
+        num_joint = round(self.objectives.joint_share * len(pairs.image_BSS))
+        hide_image, hide_text = self.objectives.hide_image_joint, self.objectives.hide_text_joint
+        if self.objectives.joint_masking == "both":
+            self._read_jointly(pairs, slice(0, num_joint), hide_image, hide_text, generator, found)
             return
-        image_BSS, words_BL = image_BSS[:num_joint], words_BL[:num_joint]
-        patches = hide_patches(num_joint, self.model.num_patches, self.objectives.hide_image_joint, generator)
-        words = hide_words(words_BL, self.objectives.hide_text_joint, self.word_ids, generator)
+        # What is whole tells what is hidden, each side in turn; chance says which side an odd pair goes to.
+        num_whole_reports = (num_joint + int(torch.randint(2, (1,), generator=generator))) // 2
+        self._read_jointly(pairs, slice(0, num_whole_reports), hide_image, 0.0, generator, found)
+        self._read_jointly(pairs, slice(num_whole_reports, num_joint), 0.0, hide_text, generator, found)
+
+    def _read_jointly(
+        self,
+        pairs: _Pairs,
+        rows: slice,
+        hide_image: float,
+        hide_text: float,
+        generator: Generator,
+        found: list[tuple[str, Term]],
+    ) -> None:
+        """Read some pairs as joint sequences; a side of which nothing is hidden has nothing to predict."""
+        image_BSS, words_BL = pairs.image_BSS[rows], pairs.words_BL[rows]
+        num_pairs = len(image_BSS)
+        if num_pairs == 0:
+            return
+        patches = hide_patches(num_pairs, self.model.num_patches, hide_image, generator)
+        words = hide_words(words_BL, hide_text, self.word_ids, generator)
         # Mismatched pairs ride along in the same pass, each image with its neighbour's report. A mismatch teaches nothing
         # else, so there are half as many.
-        num_swapped = num_joint // 2 if self.objectives.match else 0
+        num_swapped = num_pairs // 2 if self.objectives.match else 0
         encoded = self.model.encode(
             image_BSS=torch.cat([image_BSS, image_BSS[:num_swapped]]),
             visible_BK=torch.cat([patches.visible_BK, patches.visible_BK[:num_swapped]]),
@@ -140,11 +162,11 @@ class Learner:
         )
         if num_swapped:
             logit_B = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
-            found.append(("match", match_term(logit_B, torch.arange(len(logit_B)) < num_joint)))
-        true = Encoded({name: tokens_BTD[:num_joint] for name, tokens_BTD in encoded.tokens.items()}, encoded.present_BL)
-        if self.objectives.mvm:
+            found.append(("match", match_term(logit_B, torch.arange(len(logit_B)) < num_pairs)))
+        true = Encoded({name: tokens_BTD[:num_pairs] for name, tokens_BTD in encoded.tokens.items()}, encoded.present_BL)
+        if self.objectives.mvm and hide_image:
             found.append(("mvm", self._patch_term(true, image_BSS, patches.visible_BK, patches.hidden_BP)))
-        if self.objectives.mlm:
+        if self.objectives.mlm and hide_text:
             found.append(("mlm", self._word_term(true, words_BL, words.hidden_BL)))
 
     def _patch_term(self, encoded: Encoded, image_BSS: Tensor, visible_BK: Tensor, hidden_BP: Tensor) -> Term:
@@ -159,6 +181,15 @@ class Learner:
 def _frozen(model: MixedModel) -> MixedModel:
     """A copy that no gradient reaches."""
     return copy.deepcopy(model).requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of a batch. ``compared_BB``: True where j may be a negative of i; None: everywhere."""
+
+    image_BSS: Tensor
+    words_BL: Tensor
+    compared_BB: Tensor | None
 
 
 @dataclass(frozen=True)

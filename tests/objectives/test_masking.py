@@ -39,6 +39,18 @@ def test_studies_hide_different_patches() -> None:
     assert len({tuple(row) for row in hidden.tolist()}) > 15
 
 
+def test_ratio_of_zero_shows_everything_and_draws_nothing() -> None:
+    chance, words = tiny.generator(), tiny.words(3)
+    before = chance.get_state()
+    visible, hidden = hide_patches(3, 16, 0.0, chance)
+    read, hidden_words = hide_words(words, 0.0, tiny.IDS, chance)
+    assert visible.tolist() == [list(range(16))] * 3
+    assert torch.equal(read, words)
+    assert not hidden.any()
+    assert not hidden_words.any()
+    assert torch.equal(chance.get_state(), before)
+
+
 # ---- words
 
 

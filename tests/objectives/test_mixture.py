@@ -312,6 +312,52 @@ def test_sigmoid_form_trains_its_bias_and_is_the_term_done_by_hand() -> None:
     assert net.projection.contrast_bias.weight.grad.abs() > 1e-3
 
 
+# ---- one side hidden, the other whole
+
+
+def test_one_at_a_time_equals_both_readings_done_by_hand() -> None:
+    """Of four joint pairs two show the whole report and hide patches, two show the whole image and hide words."""
+    learner = tiny.learner(mvm=1.0, mlm=1.0, match=1.0, joint_share=1.0, joint_masking="one_at_a_time")
+    net, batch, chance = learner.model, tiny.batch("pppp"), tiny.generator(3)
+    image, words = batch.image, batch.text
+    found = learner.terms(batch, tiny.generator(3))
+
+    shown, read = hide_patches(4, 16, 0.40, chance), hide_words(words, 0.15, tiny.IDS, chance)
+    seen, heard = net.encode(image_BSS=image, visible_BK=shown.visible_BK), net.encode(words_BL=read.words_BL)
+    torch.randint(2, (1,), generator=chance)
+    part = hide_patches(2, 16, 0.75, chance).visible_BK
+    hidden_BP = torch.ones(2, 16, dtype=torch.bool).scatter_(1, part, False)
+    told = net.encode(image_BSS=image[:2], visible_BK=part, words_BL=words[:2])
+    told_wrong = net.encode(image_BSS=image[:1], visible_BK=part[:1], words_BL=words[1:2])
+    read2 = hide_words(words[2:], 0.50, tiny.IDS, chance)
+    drawn = net.encode(image_BSS=image[2:], words_BL=read2.words_BL)
+    drawn_wrong = net.encode(image_BSS=image[2:3], words_BL=read2.words_BL[1:])
+
+    patches = to_patches(image, 8)
+    mvm = masked_patch_term(net.decode_patches(seen, shown.visible_BK), patches, shown.hidden_BP, kind="multi_scale")
+    mvm += masked_patch_term(net.decode_patches(told, part), patches[:2], hidden_BP, kind="multi_scale")
+    mlm = word_errors(net, heard.tokens["text"], words, read.hidden_BL)
+    mlm += word_errors(net, drawn.tokens["text"], words[2:], read2.hidden_BL)
+    match = 0.0
+    for encoded, right in ((told, True), (told_wrong, False), (drawn, True), (drawn_wrong, False)):
+        yes_B = net.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0]).sigmoid()
+        match -= (yes_B if right else 1 - yes_B).log().sum().item()
+
+    assert found["mvm"].total.item() == pytest.approx(mvm.total.item(), rel=1e-5)
+    assert found["mvm"].weight.item() == 4 * 6 + 2 * 12
+    assert found["mlm"].total.item() == pytest.approx(mlm, rel=1e-5)
+    assert found["mlm"].weight.item() == int(read.hidden_BL.sum() + read2.hidden_BL.sum())
+    assert found["match"].total.item() == pytest.approx(match, rel=1e-5)
+    assert found["match"].weight.item() == 6
+
+
+def test_odd_pair_goes_to_either_side_by_chance() -> None:
+    """Three pairs hide 6 patches each alone; the one joint pair hides 12, or none and words instead."""
+    learner = tiny.learner(mvm=1.0, joint_share=0.3, joint_masking="one_at_a_time")
+    weights = {learner.terms(tiny.batch("ppp"), tiny.generator(seed))["mvm"].weight.item() for seed in range(8)}
+    assert weights == {3 * 6, 3 * 6 + 12}
+
+
 # ---- each objective can be learned: 8 studies, one fixed mask, 150 steps
 
 
@@ -332,6 +378,12 @@ def test_sigmoid_form_trains_its_bias_and_is_the_term_done_by_hand() -> None:
             {"contrast": 1.0, "hide_image_paired": 0.1, "sizes": {"contrast_form": "sigmoid"}},
             0.8,
             id="sigmoid contrast (knowing that one in eight belongs costs 3.01; cosines of 1 under the first bias ln 2)",
+        ),
+        pytest.param(
+            "p",
+            {"mvm": 1.0, "mlm": 1.0, "joint_share": 1.0, "joint_masking": "one_at_a_time"},
+            0.1,
+            id="one side of a pair at a time (the mean image and a guess cost 1.23 + 3.81)",
         ),
         pytest.param(
             "p",
