@@ -110,6 +110,10 @@ def test_every_mistake_is_named_at_once() -> None:
         (["data.held_out.phantom=null"], "held_out either phantom or shards"),
         (["stages.paired.objectives.match=1"], "set joint_share above 0"),
         (
+            ["stages.paired.objectives={contrast: 0, match: 1, joint_share: .5, match_negatives: hard}"],
+            "match_negatives = hard draws reports by contrast's similarity",
+        ),
+        (
             ["model.contrast_form=sigmoid", "stages.paired.objectives.soft_targets=.2"],
             "stage 'paired': soft_targets and label_smoothing share one choice out",
         ),
@@ -337,6 +341,7 @@ DECIDES = {
     "stages.1.objectives.hide_text_paired": 0.5,
     "stages.1.objectives.hide_text_joint": 0.4,
     "stages.1.objectives.joint_masking": "one_at_a_time",
+    "stages.1.objectives.match_negatives": "hard",
     "stages.1.objectives.label_smoothing": 0.1,
     "stages.1.objectives.soft_targets": 0.2,
     "stages.1.objectives.soft_temperature": 0.2,

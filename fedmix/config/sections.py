@@ -195,6 +195,11 @@ class Objectives(Section):
         description="both sides of a joint sequence partly hidden, or half of the pairs with whole reports and half with whole "
         "images (MaskVLM, 2208.02131)",
     )
+    match_negatives: Literal["shifted", "hard"] = Field(
+        default="shifted",
+        description="mismatched reports of matching: the neighbour's, or one of the batch drawn by how well contrast thinks it "
+        "fits (ALBEF, 2107.07651)",
+    )
     label_smoothing: Fraction = Field(default=0.0, description="of the contrastive targets, over all reports alike")
     soft_targets: Fraction = Field(
         default=0.0,
@@ -211,6 +216,8 @@ class Objectives(Section):
             raise ValueError("every objective has weight 0; give at least one a positive weight")
         if self.match > 0 and self.joint_share == 0:
             raise ValueError("match reads image and report as one sequence: set joint_share above 0")
+        if self.match > 0 and self.match_negatives == "hard" and self.contrast == 0:
+            raise ValueError("match_negatives = hard draws reports by contrast's similarity: give contrast a positive weight")
         if self.label_smoothing and (self.soft_targets or self.same_patient == "left_out"):
             raise ValueError("label_smoothing gives every report a share, also those left out or unlike; set it to 0 here")
         return self

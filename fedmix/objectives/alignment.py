@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedmix.batch import Term
 
@@ -74,6 +74,20 @@ def soft_targets(text_BE: Tensor, *, share: float, temperature: float, compared_
 def other_patients(patient_B: Tensor) -> Tensor:
     """Bool [B, B]: True for the pair itself and for pairs of other patients, whose reports really are another's."""
     return patient_B[:, None].ne(patient_B[None]) | torch.eye(len(patient_B), dtype=torch.bool, device=patient_B.device)
+
+
+def hard_negatives(logits_BB: Tensor, generator: Generator, *, compared_BB: Tensor | None = None) -> Tensor:
+    """For each image the pair [B] whose report it is wrongly given, drawn by softmax of contrast's logits (ALBEF, section 3.2).
+
+    Never its own, nor one that is not compared; -1 where that leaves none. The negatives are of the batch, hence of the site.
+    """
+    never_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
+    if compared_BB is not None:
+        never_BB = never_BB | ~compared_BB
+    chance_BB = torch.rand(logits_BB.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
+    # The largest logit after Gumbel noise is a draw from the softmax, without normalising and without asking the device.
+    drawn_BB = logits_BB.detach().float() - chance_BB.log().neg().log().to(logits_BB.device)
+    return drawn_BB.masked_fill(never_BB, float("-inf")).argmax(dim=1).masked_fill(never_BB.all(dim=1), -1)
 
 
 def match_term(logit_B: Tensor, belongs_B: Tensor) -> Term:

@@ -19,7 +19,15 @@ from fedmix.batch import Batch, Term
 from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
-from fedmix.objectives.alignment import contrast_term, match_term, other_patients, sigmoid_contrast_term, soft_targets
+from fedmix.objectives.alignment import (
+    contrast_term,
+    hard_negatives,
+    match_term,
+    other_patients,
+    sigmoid_contrast_term,
+    similarity,
+    soft_targets,
+)
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
@@ -67,8 +75,8 @@ class Learner:
         """Read both sides of the pairs alone and compare these readings, then a share of the pairs as one sequence."""
         seen = self._see(pairs.image_BSS, self.objectives.hide_image_paired, generator, found)
         read = self._read(pairs.words_BL, self.objectives.hide_text_paired, generator, found)
-        self._align(seen, read, pairs, found)
-        self._join(pairs, generator, found)
+        wrong_B = self._align(seen, read, pairs, generator, found)
+        self._join(replace(pairs, wrong_B=wrong_B), generator, found)
 
     def _see(self, image_BSS: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
         """Read part of the images and predict the rest."""
@@ -86,10 +94,12 @@ class Learner:
             found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
         return encoded
 
-    def _align(self, image: Encoded, text: Encoded, pairs: _Pairs, found: list[tuple[str, Term]]) -> None:
-        """Contrast between the two passes over the same pairs."""
+    def _align(
+        self, image: Encoded, text: Encoded, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]
+    ) -> Tensor | None:
+        """Contrast between the two passes over the same pairs; returns the wrong report it finds hard for each image."""
         if not self.objectives.contrast:
-            return
+            return None
         image_BE, text_BE = self.model.embed("image", image), self.model.embed("text", text)
         projection = self.model.projection
         if self.model.contrast_form == "sigmoid":
@@ -106,6 +116,10 @@ class Learner:
                 compared_BB=pairs.compared_BB,
             )
         found.append(("contrast", term))
+        if not self.objectives.match or self.objectives.match_negatives == "shifted":
+            return None
+        logits_BB = similarity(image_BE, text_BE) / projection.temperature()
+        return hard_negatives(logits_BB, generator, compared_BB=pairs.compared_BB)
 
     def _targets(self, pairs: _Pairs) -> Tensor | None:
         """Soft targets by whole reports as the round-start model reads them; outside a round, as the model itself does."""
@@ -152,15 +166,13 @@ class Learner:
             return
         patches = hide_patches(num_pairs, self.model.num_patches, hide_image, generator)
         words = hide_words(words_BL, hide_text, self.word_ids, generator)
-        # Mismatched pairs ride along in the same pass, each image with its neighbour's report. A mismatch teaches nothing
-        # else, so there are half as many.
-        num_swapped = num_pairs // 2 if self.objectives.match else 0
+        swapped_N, wrong_NL = self._mismatch(pairs, rows, words.words_BL, hide_text, generator)
         encoded = self.model.encode(
-            image_BSS=torch.cat([image_BSS, image_BSS[:num_swapped]]),
-            visible_BK=torch.cat([patches.visible_BK, patches.visible_BK[:num_swapped]]),
-            words_BL=torch.cat([words.words_BL, words.words_BL.roll(1, dims=0)[:num_swapped]]),
+            image_BSS=torch.cat([image_BSS, image_BSS[swapped_N]]),
+            visible_BK=torch.cat([patches.visible_BK, patches.visible_BK[swapped_N]]),
+            words_BL=torch.cat([words.words_BL, wrong_NL]),
         )
-        if num_swapped:
+        if len(swapped_N):
             logit_B = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
             found.append(("match", match_term(logit_B, torch.arange(len(logit_B)) < num_pairs)))
         true = Encoded({name: tokens_BTD[:num_pairs] for name, tokens_BTD in encoded.tokens.items()}, encoded.present_BL)
@@ -168,6 +180,20 @@ class Learner:
             found.append(("mvm", self._patch_term(true, image_BSS, patches.visible_BK, patches.hidden_BP)))
         if self.objectives.mlm and hide_text:
             found.append(("mlm", self._word_term(true, words_BL, words.hidden_BL)))
+
+    def _mismatch(
+        self, pairs: _Pairs, rows: slice, read_BL: Tensor, hide_text: float, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the joint pairs ``rows`` ride along once more, and the wrong reports they get, as hidden as the right ones.
+
+        A mismatch teaches nothing but matching, so there are half as many.
+        """
+        swapped_N = torch.arange(len(read_BL) // 2 if self.objectives.match else 0)
+        if pairs.wrong_B is None:  # the neighbour's
+            return swapped_N, read_BL.roll(1, dims=0)[: len(swapped_N)]
+        wrong_N = pairs.wrong_B[rows][: len(swapped_N)]
+        swapped_N, wrong_N = swapped_N[wrong_N >= 0], wrong_N[wrong_N >= 0]
+        return swapped_N, hide_words(pairs.words_BL[wrong_N], hide_text, self.word_ids, generator).words_BL
 
     def _patch_term(self, encoded: Encoded, image_BSS: Tensor, visible_BK: Tensor, hidden_BP: Tensor) -> Term:
         predicted_BPV = self.model.decode_patches(encoded, visible_BK)
@@ -185,11 +211,15 @@ def _frozen(model: MixedModel) -> MixedModel:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of a batch. ``compared_BB``: True where j may be a negative of i; None: everywhere."""
+    """The pairs of a batch. ``compared_BB``: True where j may be a negative of i; None: everywhere.
+
+    ``wrong_B``: whose report an image is wrongly given in matching, -1 for none; None: its neighbour's among the joint ones.
+    """
 
     image_BSS: Tensor
     words_BL: Tensor
     compared_BB: Tensor | None
+    wrong_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

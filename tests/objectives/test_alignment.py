@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmix.objectives.alignment import contrast_term, match_term, other_patients, sigmoid_contrast_term, soft_targets
+from fedmix.objectives.alignment import (
+    contrast_term,
+    hard_negatives,
+    match_term,
+    other_patients,
+    sigmoid_contrast_term,
+    soft_targets,
+)
 
 TENTH = torch.tensor(0.1)
 
@@ -158,6 +165,32 @@ def test_sigmoid_contrast_equals_a_loop_over_binary_questions(patient: list[int]
     compared = other_patients(torch.tensor(patient))
     term = sigmoid_contrast_term(image, text, TENTH, torch.tensor(-2.0), compared_BB=compared)
     assert term.total.item() == pytest.approx(total, rel=1e-5)
+
+
+# ---- matching
+
+
+def test_hard_negatives_are_drawn_as_often_as_the_softmax_without_the_own_report_says() -> None:
+    """Logits of ln 1, ln 2, ln 5 beside the own: shares of 1/8, 2/8 and 5/8, however well the own report fits."""
+    logits = torch.tensor([9.0, 0.0, math.log(2), math.log(5)]).expand(4, -1).clone()
+    draws = [hard_negatives(logits, tiny.generator(seed))[0].item() for seed in range(2000)]
+    shares = [draws.count(number) / 2000 for number in range(4)]
+    assert shares == pytest.approx([0.0, 0.125, 0.25, 0.625], abs=0.05)  # four standard deviations and a half
+
+
+def test_hard_negatives_are_never_the_pair_itself_nor_of_the_same_patient() -> None:
+    compared = other_patients(torch.tensor([5, 5, 6, 7]))
+    allowed = {0: {2, 3}, 1: {2, 3}, 2: {0, 1, 3}, 3: {0, 1, 2}}
+    for seed in range(50):
+        logits = 20 * torch.randn(4, 4, generator=tiny.generator(seed))
+        found = hard_negatives(logits, tiny.generator(seed), compared_BB=compared).tolist()
+        assert all(other in allowed[own] for own, other in enumerate(found))
+
+
+def test_pair_with_nothing_to_compare_has_no_hard_negative() -> None:
+    assert hard_negatives(torch.ones(1, 1), tiny.generator()).tolist() == [-1]
+    compared = other_patients(torch.tensor([4, 4]))
+    assert hard_negatives(torch.ones(2, 2), tiny.generator(), compared_BB=compared).tolist() == [-1, -1]
 
 
 def test_match_equals_binary_cross_entropy() -> None:

@@ -13,7 +13,7 @@ from fedmix.batch import Batch, Term
 from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import MixedModel
 from fedmix.model.layers import to_patches
-from fedmix.objectives.alignment import contrast_term, sigmoid_contrast_term, soft_targets
+from fedmix.objectives.alignment import contrast_term, hard_negatives, sigmoid_contrast_term, soft_targets
 from fedmix.objectives.masking import hide_patches, hide_words
 from fedmix.objectives.mixture import Learner
 from fedmix.objectives.reconstruction import masked_patch_term
@@ -312,6 +312,39 @@ def test_sigmoid_form_trains_its_bias_and_is_the_term_done_by_hand() -> None:
     assert net.projection.contrast_bias.weight.grad.abs() > 1e-3
 
 
+def test_hard_mismatches_are_of_the_whole_batch_and_read_as_hidden_as_the_right_reports() -> None:
+    """Two of eight pairs are joint, and the first is given the wrong report that was drawn for it among all eight."""
+    learner = tiny.learner(contrast=1.0, match=1.0, joint_share=0.25, match_negatives="hard")
+    net, batch, outside = learner.model, tiny.batch("pppppppp"), 0
+    for seed in range(6):
+        chance = tiny.generator(seed)
+        found = learner.terms(batch, tiny.generator(seed))["match"]
+        seen = net.encode(image_BSS=batch.image, visible_BK=hide_patches(8, 16, 0.40, chance).visible_BK)
+        heard = net.encode(words_BL=hide_words(batch.text, 0.15, tiny.IDS, chance).words_BL)
+        logits = net.embed("image", seen) @ net.embed("text", heard).T / net.projection.temperature()
+        wrong = hard_negatives(logits, chance)[:1]
+        shown, read = hide_patches(2, 16, 0.75, chance).visible_BK, hide_words(batch.text[:2], 0.50, tiny.IDS, chance).words_BL
+        misread = hide_words(batch.text[wrong], 0.50, tiny.IDS, chance).words_BL
+        both = net.encode(image_BSS=batch.image[:2], visible_BK=shown, words_BL=read)
+        crossed = net.encode(image_BSS=batch.image[:1], visible_BK=shown[:1], words_BL=misread)
+        right, no = (net.match_head(one.tokens["image"][:, 0], one.tokens["text"][:, 0]).sigmoid() for one in (both, crossed))
+        assert found.total.item() == pytest.approx(-(right.log().sum() + (1 - no).log().sum()).item(), rel=1e-4)
+        assert found.weight.item() == 3
+        outside += int(wrong.item() >= 2)
+    assert outside >= 1
+
+
+def test_hard_mismatch_within_one_patient_is_left_out() -> None:
+    objectives = {"contrast": 1.0, "match": 1.0, "joint_share": 1.0, "match_negatives": "hard", "same_patient": "left_out"}
+    two, none = (
+        tiny.learner(**objectives).terms(tiny.batch("pppp", patients=patients), tiny.generator())
+        for patients in ((5, 5, 5, 6), (5, 5, 5, 5))
+    )
+    assert two["match"].weight.item() == 4 + 2
+    assert "match" not in none  # only right pairs would teach to say yes
+    assert none["contrast"].total == 0
+
+
 # ---- one side hidden, the other whole
 
 
@@ -378,6 +411,19 @@ def test_odd_pair_goes_to_either_side_by_chance() -> None:
             {"contrast": 1.0, "hide_image_paired": 0.1, "sizes": {"contrast_form": "sigmoid"}},
             0.8,
             id="sigmoid contrast (knowing that one in eight belongs costs 3.01; cosines of 1 under the first bias ln 2)",
+        ),
+        pytest.param(
+            "p",
+            {
+                "match": 1.0,
+                "contrast": 0.01,
+                "match_negatives": "hard",
+                "joint_share": 1.0,
+                "hide_image_joint": 0.3,
+                "hide_text_joint": 0.2,
+            },
+            0.05,
+            id="match with hard negatives (a guess costs ln 2 = .69)",
         ),
         pytest.param(
             "p",
