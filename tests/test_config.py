@@ -333,6 +333,7 @@ DECIDES = {
     "stages.1.objectives.mvm": 0.5,
     "stages.1.objectives.mlm": 0.5,
     "stages.1.objectives.contrast": 0.5,
+    "stages.1.objectives.anchor": 0.5,
     "stages.1.objectives.joint_share": 0.5,
     "stages.1.objectives.hide_image_alone": 0.5,
     "stages.1.objectives.hide_image_paired": 0.5,

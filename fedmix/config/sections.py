@@ -183,6 +183,9 @@ class Objectives(Section):
     mlm: float = Field(default=0.3, ge=0.0, description="weight of masked language modelling")
     contrast: float = Field(default=0.0, ge=0.0, description="weight of image-text contrast on pairs")
     match: float = Field(default=0.0, ge=0.0, description="weight of image-text matching on pairs")
+    anchor: float = Field(
+        default=0.0, ge=0.0, description="weight of the cosine distance to the features of the round's start; .1 to 1"
+    )
     joint_share: Fraction = Field(default=0.0, description="share of the pairs of a batch also read as one joint sequence")
     hide_image_alone: OpenFraction = 0.70
     hide_image_paired: OpenFraction = 0.40

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedmix import config
 from fedmix.errors import DataError
 from fedmix.model import pyramid
-from fedmix.model.heads import MatchHead, PatchDecoder, Projection, WordHead
+from fedmix.model.heads import MatchHead, PatchDecoder, Projection, WordHead, pooled
 from fedmix.model.layers import MODALITIES, MixedBlock, each, pick, sincos_grid, to_image, to_patches
 
 PAD = 0  # token id of padding; never attended to
@@ -133,6 +133,10 @@ class MixedModel(nn.Module):
     def embed(self, modality: str, encoded: Encoded) -> Tensor:
         """Unit-norm embeddings [B, E] of one modality, for contrast and retrieval."""
         return self.projection.embed(modality, encoded.tokens[modality], encoded.present_BL if modality == "text" else None)
+
+    def pool(self, modality: str, encoded: Encoded) -> Tensor:
+        """Pooled tokens [B, 2 D] of one modality: what the projection reads."""
+        return pooled(encoded.tokens[modality], encoded.present_BL if modality == "text" else None)
 
     # What evaluation and users call; each runs the trunk unmasked unless told otherwise.
 

@@ -59,6 +59,23 @@ class WordHead(nn.Module):
         return logits_NV
 
 
+def pooled(tokens_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
+    """Mean and maximum of the present tokens after the summary: [B, 2 D].
+
+    The maximum lets one patch with a nodule, or one word, speak for the whole study; a mean alone drowns it.
+    """
+    body_BTD = tokens_BTD[:, 1:]
+    if present_BT is None:
+        mean_BD, highest_BD = body_BTD.mean(dim=1), body_BTD.amax(dim=1)
+    else:
+        absent_BT1 = ~present_BT[:, 1:, None]
+        num_present_B1 = (~absent_BT1).sum(dim=1).clamp_min(1)
+        mean_BD = body_BTD.masked_fill(absent_BT1, 0.0).sum(dim=1) / num_present_B1
+        # Padding may not win; zero is what a report of the summary alone is left with.
+        highest_BD = body_BTD.masked_fill(absent_BT1, LOWEST).amax(dim=1).masked_fill(absent_BT1.all(dim=1), 0.0)
+    return torch.cat([mean_BD, highest_BD], dim=-1)
+
+
 class Projection(nn.Module):
     """Unit-norm embeddings for contrast and retrieval, the temperature they are compared at, and for sigmoids a bias."""
 
@@ -75,21 +92,9 @@ class Projection(nn.Module):
             self.contrast_bias = nn.Embedding(1, 1, _weight=torch.full((1, 1), self.BIAS_START))
 
     def embed(self, modality: str, tokens_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
-        """Mean and maximum of the present tokens after the summary, projected to the unit sphere: [B, E] float32.
-
-        The maximum lets one patch with a nodule, or one word, speak for the whole study; a mean alone drowns it.
-        """
-        body_BTD = tokens_BTD[:, 1:]
-        if present_BT is None:
-            mean_BD, highest_BD = body_BTD.mean(dim=1), body_BTD.amax(dim=1)
-        else:
-            absent_BT1 = ~present_BT[:, 1:, None]
-            num_present_B1 = (~absent_BT1).sum(dim=1).clamp_min(1)
-            mean_BD = body_BTD.masked_fill(absent_BT1, 0.0).sum(dim=1) / num_present_B1
-            # Padding may not win; zero is what a report of the summary alone is left with.
-            highest_BD = body_BTD.masked_fill(absent_BT1, LOWEST).amax(dim=1).masked_fill(absent_BT1.all(dim=1), 0.0)
+        """The pooled tokens projected to the unit sphere: [B, E] float32."""
         projection: nn.Linear = getattr(self, modality)
-        return F.normalize(projection(torch.cat([mean_BD, highest_BD], dim=-1)).float(), dim=-1)
+        return F.normalize(projection(pooled(tokens_BTD, present_BT)).float(), dim=-1)
 
     def temperature(self) -> Tensor:
         """The learned temperature, kept inside [.01, .5]."""

@@ -28,6 +28,7 @@ from fedmix.objectives.alignment import (
     similarity,
     soft_targets,
 )
+from fedmix.objectives.anchor import anchor_term
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
@@ -46,10 +47,11 @@ class Learner:
 
     def at_round_start(self) -> Learner:
         """The learner of a round that begins now."""
-        return replace(self, start=_frozen(self.model) if self.objectives.soft_targets else None)
+        looks_back = self.objectives.soft_targets or self.objectives.anchor
+        return replace(self, start=_frozen(self.model) if looks_back else None)
 
     def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
-        """All terms that this batch allows: mvm, mlm, contrast, match. A term of weight 0 in the config is not computed."""
+        """All terms that this batch allows: mvm, mlm, contrast, match, anchor. A term of weight 0 is not computed."""
         found: list[tuple[str, Term]] = []
         rows = _rows(batch)
         if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
@@ -68,7 +70,7 @@ class Learner:
                 "no objective of this stage applies to the batch at hand; give mvm (images), mlm (reports) or contrast (pairs) "
                 "a positive weight, or raise joint_share until match has two pairs to compare"
             )
-        weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match"})
+        weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match", "anchor"})
         return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
 
     def _pair(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
@@ -84,6 +86,9 @@ class Learner:
         encoded = self.model.encode(image_BSS=image_BSS, visible_BK=hidden.visible_BK)
         if self.objectives.mvm:
             found.append(("mvm", self._patch_term(encoded, image_BSS, hidden.visible_BK, hidden.hidden_BP)))
+        if self.objectives.anchor and self.start is not None:
+            before = self.start.encode(image_BSS=image_BSS, visible_BK=hidden.visible_BK)
+            found.append(("anchor", anchor_term(self.model.pool("image", encoded), self.start.pool("image", before))))
         return encoded
 
     def _read(self, words_BL: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
@@ -92,6 +97,9 @@ class Learner:
         encoded = self.model.encode(words_BL=hidden.words_BL)
         if self.objectives.mlm:
             found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
+        if self.objectives.anchor and self.start is not None:
+            before = self.start.encode(words_BL=hidden.words_BL)
+            found.append(("anchor", anchor_term(self.model.pool("text", encoded), self.start.pool("text", before))))
         return encoded
 
     def _align(

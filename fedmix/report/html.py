@@ -28,6 +28,7 @@ OBJECTIVE_TITLES = {
     "mlm": "Masked language modelling",
     "contrast": "Image-text contrast",
     "match": "Image-text matching",
+    "anchor": "Distance to the round's start",
 }
 CENTRAL_TITLES = {
     "zero_shot/macro_auroc": "Zero-shot AUROC",
