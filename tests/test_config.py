@@ -113,6 +113,11 @@ def test_every_mistake_is_named_at_once() -> None:
             ["stages.paired.objectives={contrast: 0, match: 1, joint_share: .5, match_negatives: hard}"],
             "match_negatives = hard draws reports by contrast's similarity",
         ),
+        (["stages.paired.objectives.queue=8"], "set same_patient = left_out beside it"),
+        (
+            ["model.contrast_form=sigmoid", "stages.paired.objectives={contrast: 1, queue: 8, same_patient: left_out}"],
+            "stage 'paired': a queue adds to softmax's denominator",
+        ),
         (
             ["model.contrast_form=sigmoid", "stages.paired.objectives.soft_targets=.2"],
             "stage 'paired': soft_targets and label_smoothing share one choice out",
@@ -416,7 +421,8 @@ def test_fingerprint_ignores_names_paths_workers_and_evaluation(key: str) -> Non
 def test_every_key_is_known_to_decide_the_weights_or_not_to() -> None:
     """A new key must be given a line in one of the two tables above."""
     listed = {key.replace("stages.0", "stages.1") for key in DECIDES} | set(DECIDES_NOT)
-    listed |= {"data.sites.1.shard", "stages.1.objectives.match"}  # the same by position; needs joint_share beside it
+    # The same by position; needs joint_share beside it; needs same_patient beside it.
+    listed |= {"data.sites.1.shard", "stages.1.objectives.match", "stages.1.objectives.queue"}
     unlisted = {
         path
         for path, _ in leaves(parse().model_dump(mode="json"))

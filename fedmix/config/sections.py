@@ -212,6 +212,9 @@ class Objectives(Section):
     same_patient: Literal["negative", "left_out"] = Field(
         default="negative", description="whether another study of the same patient is a negative of contrast or not compared"
     )
+    queue: int = Field(
+        default=0, ge=0, description="pairs of the round's earlier steps kept as further negatives of contrast; 0 is none"
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Objectives:
@@ -221,6 +224,8 @@ class Objectives(Section):
             raise ValueError("match reads image and report as one sequence: set joint_share above 0")
         if self.match > 0 and self.match_negatives == "hard" and self.contrast == 0:
             raise ValueError("match_negatives = hard draws reports by contrast's similarity: give contrast a positive weight")
+        if self.queue and self.same_patient == "negative":
+            raise ValueError("a queue may hold an earlier reading of the same pair: set same_patient = left_out beside it")
         if self.label_smoothing and (self.soft_targets or self.same_patient == "left_out"):
             raise ValueError("label_smoothing gives every report a share, also those left out or unlike; set it to 0 here")
         return self
@@ -469,7 +474,10 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
                 f"stage {stage.name!r}: its {stream} sites have nothing to learn; give objectives.{weight} a positive weight, "
                 f"or take {stream!r} out of its streams"
             )
-    if experiment.model.contrast_form == "sigmoid" and (stage.objectives.soft_targets or stage.objectives.label_smoothing):
+    objectives = stage.objectives
+    if experiment.model.contrast_form == "sigmoid" and objectives.queue:
+        raise ValueError(f"stage {stage.name!r}: a queue adds to softmax's denominator, and sigmoids have none; set queue to 0")
+    if experiment.model.contrast_form == "sigmoid" and (objectives.soft_targets or objectives.label_smoothing):
         raise ValueError(
             f"stage {stage.name!r}: soft_targets and label_smoothing share one choice out among reports, and "
             "model.contrast_form = sigmoid makes none; set them to 0"

@@ -5,6 +5,8 @@ Shapes: B pairs, E embedding.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -12,6 +14,14 @@ from torch import Generator, Tensor
 from fedmix.batch import Term
 
 NOT_COMPARED = -1e4  # a logit that softmax makes exactly zero, and unlike -inf times a target of zero is zero
+
+
+class Past(NamedTuple):
+    """Embeddings of earlier pairs, and ``compared_BQ``: True where one may be a negative of a pair of the batch."""
+
+    image_QE: Tensor
+    text_QE: Tensor
+    compared_BQ: Tensor
 
 
 def contrast_term(
@@ -22,18 +32,26 @@ def contrast_term(
     label_smoothing: float = 0.0,
     target_BB: Tensor | None = None,
     compared_BB: Tensor | None = None,
+    past: Past | None = None,
 ) -> Term:
     """Symmetric InfoNCE on unit embeddings (CLIP, 2103.00020), weight: pairs. One pair alone teaches nothing: zero.
 
     ``target_BB``: what share of pair i's target pair j is (``soft_targets``); None gives a pair its own other side alone.
     ``compared_BB``: True where pair j may stand in pair i's denominator (``other_patients``); None compares all.
+    ``past``: earlier pairs of this site, further negatives in the denominator.
     """
     logits_BB = similarity(image_BE, text_BE) / temperature.float()
     if compared_BB is not None:
         logits_BB = logits_BB.masked_fill(~compared_BB, NOT_COMPARED)
+    to_text, to_image = logits_BB, logits_BB.T
+    if past is not None:
+        columns = [similarity(image_BE, past.text_QE), similarity(text_BE, past.image_QE)]
+        columns = [(one / temperature.float()).masked_fill(~past.compared_BQ, NOT_COMPARED) for one in columns]
+        to_text, to_image = (torch.cat([to_text, columns[0]], dim=1), torch.cat([to_image, columns[1]], dim=1))
+        target_BB = None if target_BB is None else F.pad(target_BB, (0, len(past.text_QE)))
     target = torch.arange(len(logits_BB), device=logits_BB.device) if target_BB is None else target_BB
-    forward = F.cross_entropy(logits_BB, target, reduction="sum", label_smoothing=label_smoothing)
-    backward = F.cross_entropy(logits_BB.T, target, reduction="sum", label_smoothing=label_smoothing)
+    forward = F.cross_entropy(to_text, target, reduction="sum", label_smoothing=label_smoothing)
+    backward = F.cross_entropy(to_image, target, reduction="sum", label_smoothing=label_smoothing)
     return Term(total=0.5 * (forward + backward), weight=forward.new_tensor(float(len(logits_BB))))
 
 

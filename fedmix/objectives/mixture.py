@@ -20,6 +20,7 @@ from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
 from fedmix.objectives.alignment import (
+    Past,
     contrast_term,
     hard_negatives,
     match_term,
@@ -30,6 +31,7 @@ from fedmix.objectives.alignment import (
 )
 from fedmix.objectives.anchor import anchor_term
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
+from fedmix.objectives.memory import PastPairs
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
 
@@ -37,18 +39,21 @@ from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 class Learner:
     """A model, the objectives of a stage, and the word ids: everything a step needs besides data and chance.
 
-    ``start``: a frozen copy of the model as the round began, where an objective looks back to it.
+    ``start``: a frozen copy of the model as the round began, where an objective looks back to it. ``past``: pairs of the
+    round's earlier steps, where contrast keeps some; a step adds its own.
     """
 
     model: MixedModel
     objectives: config.Objectives
     word_ids: WordIds
     start: MixedModel | None = None
+    past: PastPairs | None = None
 
     def at_round_start(self) -> Learner:
         """The learner of a round that begins now."""
         looks_back = self.objectives.soft_targets or self.objectives.anchor
-        return replace(self, start=_frozen(self.model) if looks_back else None)
+        past = PastPairs(self.objectives.queue) if self.objectives.queue else None
+        return replace(self, start=_frozen(self.model) if looks_back else None, past=past)
 
     def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
         """All terms that this batch allows: mvm, mlm, contrast, match, anchor. A term of weight 0 is not computed."""
@@ -59,7 +64,7 @@ class Learner:
         if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
             self._read(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator, found)
         if batch.image is not None and batch.text is not None and len(rows.image_paired):
-            pairs = _Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._compared(batch))
+            pairs = _Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._patients(batch))
             self._pair(pairs, generator, found)
         return _added(found)
 
@@ -112,7 +117,7 @@ class Learner:
         projection = self.model.projection
         if self.model.contrast_form == "sigmoid":
             term = sigmoid_contrast_term(
-                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=pairs.compared_BB
+                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=pairs.compared
             )
         else:
             term = contrast_term(
@@ -121,13 +126,14 @@ class Learner:
                 projection.temperature(),
                 label_smoothing=self.objectives.label_smoothing,
                 target_BB=self._targets(pairs),
-                compared_BB=pairs.compared_BB,
+                compared_BB=pairs.compared,
+                past=self._recall(image_BE, text_BE, pairs),
             )
         found.append(("contrast", term))
         if not self.objectives.match or self.objectives.match_negatives == "shifted":
             return None
         logits_BB = similarity(image_BE, text_BE) / projection.temperature()
-        return hard_negatives(logits_BB, generator, compared_BB=pairs.compared_BB)
+        return hard_negatives(logits_BB, generator, compared_BB=pairs.compared)
 
     def _targets(self, pairs: _Pairs) -> Tensor | None:
         """Soft targets by whole reports as the round-start model reads them; outside a round, as the model itself does."""
@@ -136,15 +142,26 @@ class Learner:
         # No torch.no_grad: under autocast it would leave casts of the model's own weights behind that pass no gradient on.
         text_BE = (self.start or self.model).encode_text(pairs.words_BL)
         share, temperature = self.objectives.soft_targets, self.objectives.soft_temperature
-        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=pairs.compared_BB)
+        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=pairs.compared)
 
-    def _compared(self, batch: Batch) -> Tensor | None:
-        """Which pairs of the batch may be each other's negatives, [pairs, pairs]; None for all."""
+    def _recall(self, image_BE: Tensor, text_BE: Tensor, pairs: _Pairs) -> Past | None:
+        """The pairs of earlier steps, before this step's join them."""
+        if self.past is None or pairs.patient_B is None:
+            return None
+        kept = self.past.kept
+        self.past.remember(image_BE, text_BE, pairs.patient_B)
+        if kept is None:
+            return None
+        image_QE, text_QE, patient_Q = kept
+        return Past(image_QE, text_QE, compared_BQ=pairs.patient_B[:, None] != patient_Q[None])
+
+    def _patients(self, batch: Batch) -> Tensor | None:
+        """The patient of each pair of the batch, where pairs of the same are left out."""
         if self.objectives.same_patient == "negative":
             return None
         if batch.patient is None:
             raise DataError("same_patient = left_out needs to know which studies are of one patient; the batch does not say")
-        return other_patients(batch.patient[batch.is_paired])
+        return batch.patient[batch.is_paired]
 
     def _join(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
         """Read a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching."""
@@ -219,15 +236,20 @@ def _frozen(model: MixedModel) -> MixedModel:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of a batch. ``compared_BB``: True where j may be a negative of i; None: everywhere.
+    """The pairs of a batch. ``patient_B``: whose they are, None if it does not matter.
 
     ``wrong_B``: whose report an image is wrongly given in matching, -1 for none; None: its neighbour's among the joint ones.
     """
 
     image_BSS: Tensor
     words_BL: Tensor
-    compared_BB: Tensor | None
+    patient_B: Tensor | None
     wrong_B: Tensor | None = None
+
+    @property
+    def compared(self) -> Tensor | None:
+        """Bool [B, B], True where pair j may be a negative of pair i; None: everywhere."""
+        return None if self.patient_B is None else other_patients(self.patient_B)
 
 
 @dataclass(frozen=True)

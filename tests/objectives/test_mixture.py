@@ -408,6 +408,12 @@ def test_odd_pair_goes_to_either_side_by_chance() -> None:
         ),
         pytest.param(
             "p",
+            {"contrast": 1.0, "hide_image_paired": 0.1, "queue": 16, "same_patient": "left_out"},
+            0.05,
+            id="contrast with a queue (a guess costs ln 22 = 3.09)",
+        ),
+        pytest.param(
+            "p",
             {"contrast": 1.0, "hide_image_paired": 0.1, "sizes": {"contrast_form": "sigmoid"}},
             0.8,
             id="sigmoid contrast (knowing that one in eight belongs costs 3.01; cosines of 1 under the first bias ln 2)",
