@@ -498,3 +498,43 @@ def test_parameters_deltas_and_moments_stay_float32_under_bfloat16() -> None:
     learner, update, state = run("itpp", stage(), precision="bfloat16")
     tensors = [*learner.model.parameters(), *update.deltas.values(), *state.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+# ---- what looks back to the round's start
+
+
+LOOKS_BACK: dict[str, object] = EVERYTHING | {
+    "anchor": 0.5,
+    "soft_targets": 0.2,
+    "same_patient": "left_out",
+    "queue": 8,
+    "match_negatives": "hard",
+    "joint_masking": "one_at_a_time",
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_round_that_looks_back_is_repeatable_and_leaves_nothing_behind(precision: str) -> None:
+    """The same round from the same learner twice gives the same bits: no copy and no queue of the first is left."""
+    learner = tiny.learner(**LOOKS_BACK)
+    start = tiny.parameters_of(learner.model)
+    found = []
+    for _ in range(2):
+        learner.model.load_state_dict(start)
+        update, _ = train(learner, Fresh("itpppp"), order(stage()), precision=precision)
+        found.append(update)
+        assert learner.start is None
+        assert learner.past is None
+    assert all(torch.equal(delta, found[1].deltas[name]) for name, delta in found[0].deltas.items())
+    assert found[0].metrics == found[1].metrics
+    assert found[0].metrics["anchor/loss"][0] > 0
+
+
+def test_round_that_looks_back_learns_in_bfloat16_as_in_float32() -> None:
+    """Casts of the round-start model's weights must not stand in for the model's own (autocast keeps casts)."""
+    metrics = []
+    for precision in ("float32", "bfloat16"):
+        update, _ = train(tiny.learner(**LOOKS_BACK), Same("pppppp"), order(stage(steps=20)), precision=precision)
+        metrics.append(update.metrics)
+    for name in ("mvm/loss", "mlm/loss", "contrast/loss"):
+        assert metrics[0][name][0] == pytest.approx(metrics[1][name][0], rel=0.05)

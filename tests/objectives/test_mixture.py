@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmix.batch import Batch, Term
 from fedmix.errors import ConfigError, DataError
+from fedmix.federation.update import REACHED_BY, group_of, tower_of
 from fedmix.model.encoder import MixedModel
 from fedmix.model.layers import to_patches
 from fedmix.objectives.alignment import contrast_term, hard_negatives, sigmoid_contrast_term, soft_targets
@@ -19,6 +20,18 @@ from fedmix.objectives.mixture import Learner
 from fedmix.objectives.reconstruction import masked_patch_term
 
 EVERYTHING = {"mvm": 1.0, "mlm": 0.3, "contrast": 1.0, "match": 0.5, "joint_share": 0.5}
+
+# Every choice that is off by default, at once; the sigmoid form excludes some of them.
+CHOICES = EVERYTHING | {
+    "anchor": 0.5,
+    "soft_targets": 0.2,
+    "same_patient": "left_out",
+    "queue": 8,
+    "joint_masking": "one_at_a_time",
+    "match_negatives": "hard",
+    "joint_share": 1.0,
+}
+SIGMOID = CHOICES | {"soft_targets": 0.0, "queue": 0, "sizes": {"contrast_form": "sigmoid"}}
 
 
 @pytest.fixture
@@ -190,6 +203,29 @@ def test_no_mix_of_streams_gives_nan(learner: Learner, kinds: str) -> None:
     loss = learner.loss(terms)
     loss.backward()
     assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in learner.model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("choices", [CHOICES, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(("kinds", "stream"), [("iii", "image"), ("ttt", "text"), ("pppp", "paired")])
+def test_choices_send_gradients_where_their_stream_reaches_and_nowhere_else(
+    kinds: str, stream: str, choices: dict[str, Any]
+) -> None:
+    learner = tiny.learner(**choices).at_round_start()
+    for seed in range(2):  # the second step has a past
+        learner.loss(learner.terms(tiny.batch(kinds, seed), tiny.generator(seed))).backward()
+    names = {name for name, _ in learner.model.named_parameters()}
+    assert tiny.touched(learner.model) == {name for name in names if stream in REACHED_BY[tower_of(group_of(name))]}
+
+
+@pytest.mark.parametrize("choices", [CHOICES, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("kinds", ["i", "t", "p", "ip", "tp", "it", "itpp", "iittppppp"])
+def test_choices_give_no_nan_for_any_mix_of_streams(kinds: str, choices: dict[str, Any]) -> None:
+    learner = tiny.learner(**choices).at_round_start()
+    for seed in range(2):
+        loss = learner.loss(learner.terms(tiny.batch(kinds, seed), tiny.generator(seed)))
+        loss.backward()
+        assert loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in learner.model.parameters() if parameter.grad is not None)
 
 
