@@ -150,6 +150,10 @@ class Model(Section):
     decoder_depth: Count = 1
     decoder_heads: Count = 4
     embedding: Count = Field(default=64, description="size of the contrastive embedding")
+    contrast_form: Literal["softmax", "sigmoid"] = Field(
+        default="softmax",
+        description="contrast as one choice among the batch (CLIP), or a yes or no for each two with a learned bias (SigLIP)",
+    )
     warm_start: WarmStart | None = Field(
         default=None, description="null starts at random; not in the fingerprint, manifest.json has the files' hashes"
     )
@@ -160,10 +164,6 @@ class Model(Section):
         """Fill what ``size`` stands for in under the keys that are given."""
         size = values.get("size") if isinstance(values, dict) else None
         return SIZES[size] | values if isinstance(size, str) and size in SIZES else values
-    contrast_form: Literal["softmax", "sigmoid"] = Field(
-        default="softmax",
-        description="contrast as one choice among the batch (CLIP), or a yes or no for each two with a learned bias (SigLIP)",
-    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
