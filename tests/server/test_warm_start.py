@@ -16,8 +16,9 @@ from timm.models import VisionTransformer
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, RunError
+from fedmix.model.folder import load_model
 from server import held_out as central
-from server.model_folder import load_model, save_model
+from server.model_folder import save_model
 from server.store import RunStore
 
 
