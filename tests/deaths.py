@@ -10,14 +10,11 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from fedmix.cli import main
 
 NAMED = {"open", "os.listdir", "os.mkdir", "os.rename", "os.scandir", "shutil.rmtree"}  # their first argument is a path
 UNNAMED = {"os.remove", "os.rmdir", "os.truncate"}  # within rmtree it is a name relative to an open folder
@@ -71,24 +68,6 @@ def fill(call: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
     sys.addaudithook(hook)
-
-
-def commanded(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A fedmix command to its end, in a fork; ``folder`` keeps what it prints."""
-    out, err = folder / "stdout.txt", folder / "stderr.txt"
-
-    def job() -> None:
-        sys.stdout, sys.stderr = out.open("w"), err.open("w")
-        sys.argv = ["fedmix", *map(str, arguments)]
-        try:
-            main()
-        except SystemExit as left:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(left.code if isinstance(left.code, int) else 1)
-
-    code = ended(forked(job, folder))
-    return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
 def _arm(folder: Path, death: Death) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import odd_apps
 import pytest
 import yaml
-from deaths import commanded, ended, fill, forked
+from deaths import ended, fill, forked
 from flwr.app import Message
 from little import ROOT, DirectGrid, World, command, everyone, fedmix, values, write_config
 
@@ -76,7 +76,7 @@ def test_any_corrupt_member_is_one_sentence(tmp_path: Path) -> None:
         file = shards["south"] / member
         whole = file.read_bytes()
         file.write_bytes(whole + b"x")
-        said = sentence(commanded(tmp_path, "simulate", path, "--out", tmp_path / member))
+        said = sentence(fedmix("simulate", path, "--out", tmp_path / member))
         assert said.startswith(f"site south: shard member {member} ")
         file.write_bytes(whole)
 
@@ -215,7 +215,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_sentence_and_stays_as_it_is(
 def test_a_config_that_has_changed_since_is_one_sentence_and_the_run_stays_as_it_is(tmp_path: Path) -> None:
     path, run = write_config(tmp_path), stopped(tmp_path, values(tmp_path))
     before = hashes(run), (run / "manifest.json").read_bytes(), (run / "config.yaml").read_bytes()
-    said = sentence(commanded(tmp_path, "simulate", path, "--out", run, "--resume", "--set", "stages.1.local_steps=3"))
+    said = sentence(fedmix("simulate", path, "--out", run, "--resume", "--set", "stages.1.local_steps=3"))
     assert said.startswith(f"the experiment has changed since the run in {run} began (fingerprints differ)")
     assert "restore the config, or start anew in another folder with --out" in said
     assert before == (hashes(run), (run / "manifest.json").read_bytes(), (run / "config.yaml").read_bytes())
@@ -233,7 +233,7 @@ def test_a_flipped_bit_in_every_checkpoint_is_one_sentence_and_nothing_is_overwr
     for folder, member in (("round-00001", "round.json"), ("round-00002", "outer.safetensors")):
         flip(run / "checkpoints" / folder / member)
     before = hashes(run)
-    said = sentence(commanded(tmp_path, "simulate", path, "--out", run, "--resume"))
+    said = sentence(fedmix("simulate", path, "--out", run, "--resume"))
     assert said == f"every checkpoint in {run / 'checkpoints'} is damaged; start anew in another folder with --out"
     assert hashes(run) == before
 
