@@ -87,14 +87,19 @@ class LinkGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, at most ``timeout`` seconds."""
-        waiting = {one for one in self.push_messages(messages) if one}
-        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        replies: list[Message] = []
-        while waiting and time.monotonic() < deadline:
-            for reply in self.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
-        return replies
+        return exchange(self, messages, timeout)
+
+
+def exchange(grid: Grid, messages: Iterable[Message], timeout: float | None) -> list[Message]:
+    """Send messages over a Grid and wait for the replies, at most ``timeout`` seconds; those that came."""
+    waiting = {one for one in grid.push_messages(messages) if one}
+    deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+    replies: list[Message] = []
+    while waiting and time.monotonic() < deadline:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            replies.append(reply)
+    return replies
 
 
 def _unreadable(message_id: str) -> Message:

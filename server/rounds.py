@@ -19,7 +19,6 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmix import config
-from fedmix.batch import Stream
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import aggregate, diagnostics, screening
 from fedmix.federation.outer import outer_step
@@ -27,6 +26,7 @@ from fedmix.federation.screening import Norms, Screen
 from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, mean_metrics, num_bytes, tower_of
 from fedmix.federation.weights import weights_of
 from server import messages
+from server.accounts import Taken, add, covered, facts_of_site, on_our_clock
 from server.roster import POLL_S, Roster
 from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
@@ -39,24 +39,11 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Sent:
-    """An order on its way: its node, when it was sent (seconds since 1970), its bytes, and whether it carried everything."""
+    """An order on its way: when it was sent (seconds since 1970), and whether it carried everything."""
 
     order: messages.Order
-    node_id: int
     sent: float
-    num_bytes: int
     is_whole: bool
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A site's update that counts, with the facts around it. ``examples``: studies processed, before any cap."""
-
-    update: Coded
-    examples: Mapping[Stream, int]
-    bytes_up: int
-    train_start: float
-    train_end: float
 
 
 @dataclass
@@ -190,7 +177,7 @@ class RoundLoop:
     ) -> dict[str, Sent]:
         node_id = self._roster.nodes[order.site.name]
         message = messages.order_message(node_id, order, content, deadline_s=self._experiment.federation.deadline_s)
-        sent = Sent(order, node_id, time.time(), size, is_whole)
+        sent = Sent(order, time.time(), is_whole)
         ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
         current.bytes_down[order.site.name] = current.bytes_down.get(order.site.name, 0) + size
         if not ids:
@@ -231,11 +218,11 @@ class RoundLoop:
             last = "; it is not asked again" if site.name in screen.struck_out() else ""
             self._drop(site.name, f"{error} (strike {strikes}{last})", current)
             return
-        taken = _on_our_clock(
+        taken = on_our_clock(
             Taken(spool.add(update), reply.examples, reply.bytes_up, reply.train_start, reply.train_end), sent.sent, time.time()
         )
         current.taken.append(taken)
-        self._say("site", current, site.name, _facts_of_site(taken, current.bytes_down[site.name]))
+        self._say("site", current, site.name, facts_of_site(taken, current.bytes_down[site.name]))
 
     def _screened(self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen) -> Coded:
         """The update, once nothing is found wrong with it; what it holds is decoded a slab at a time."""
@@ -278,7 +265,7 @@ class RoundLoop:
             self._before_commit()
         waited = time.time() - waited
         totals = self._totals(current, committed, aggregate_s=aggregate_s, busy_s=busy_s)
-        _add(totals, "rounds_s", time.time() - current.started - waited)
+        add(totals, "rounds_s", time.time() - current.started - waited)
         written = time.time()
         screen.keep()
         done = Committed(current.number, parameters, outer, totals, screen.to_dict(), moments)
@@ -286,7 +273,7 @@ class RoundLoop:
         self._store.append(current.rows)
         self._store.commit(done)
         # What the commit itself took is in the next checkpoint.
-        _add(totals, "rounds_s", time.time() - written)
+        add(totals, "rounds_s", time.time() - written)
         return done
 
     def _check_quorum(self, current: Round) -> None:
@@ -331,13 +318,13 @@ class RoundLoop:
         totals = dict(committed.totals)
         for taken in current.taken:
             site = taken.update.site
-            _add(totals, f"bytes_up/{site}", taken.bytes_up)
-            _add(totals, f"bytes_down/{site}", current.bytes_down[site])
-            _add(totals, f"examples/{site}", sum(taken.examples.values()))
-            _add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
+            add(totals, f"bytes_up/{site}", taken.bytes_up)
+            add(totals, f"bytes_down/{site}", current.bytes_down[site])
+            add(totals, f"examples/{site}", sum(taken.examples.values()))
+            add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
             totals[f"studies/{site}"] = self._roster.studies[site]
-        _add(totals, "local_train_s", busy_s)
-        _add(totals, "aggregate_s", aggregate_s)
+        add(totals, "local_train_s", busy_s)
+        add(totals, "aggregate_s", aggregate_s)
         return totals
 
     def _give_up_after(self, failed_in_a_row: int, current: Round, why: str) -> None:
@@ -366,25 +353,6 @@ def for_stream(parameters: Parameters, stream: config.StreamName) -> Parameters:
     return {name: value for name, value in parameters.items() if stream in REACHED_BY[tower_of(group_of(name))]}
 
 
-def covered(intervals: Sequence[tuple[float, float]]) -> float:
-    """Seconds in which at least one interval runs."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(intervals):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
-def _facts_of_site(taken: Taken, bytes_down: int) -> dict[str, float]:
-    values = {f"train/{name}": total / weight for name, (total, weight) in taken.update.metrics.items() if weight > 0}
-    values |= {f"data/{stream}": float(count) for stream, count in taken.examples.items()}
-    return values | {
-        "comm/bytes_up": float(taken.bytes_up),
-        "comm/bytes_down": float(bytes_down),
-        "time/train_s": taken.train_end - taken.train_start,
-    }
-
-
 def _facts_of_round(current: Round, *, busy_s: float, aggregate_s: float) -> dict[str, float]:
     return {
         "time/round_s": time.time() - current.started,
@@ -393,15 +361,3 @@ def _facts_of_round(current: Round, *, busy_s: float, aggregate_s: float) -> dic
         "num_sites": float(len(current.taken)),
         "num_failed": float(len(current.failures)),
     }
-
-
-def _on_our_clock(taken: Taken, sent: float, came: float) -> Taken:
-    """The update with its training time inside the time we waited for it; a site's clock may be wrong."""
-    if sent <= taken.train_start <= taken.train_end <= came:
-        return taken
-    length = min(max(taken.train_end - taken.train_start, 0.0), came - sent)
-    return replace(taken, train_start=came - length, train_end=came)
-
-
-def _add(totals: dict[str, float], name: str, value: float) -> None:
-    totals[name] = totals.get(name, 0.0) + value

@@ -1,24 +1,20 @@
-"""Ways to run the real ServerApp and ClientApp on one machine: sites one after the other in this very process, in this
-process's own workers, or on Flower's Ray backend.
+"""The default engine: the real ServerApp and ClientApp on one machine, sites in this process's own workers or one after the
+other in this very process.
 
-The in-process Grid starts in seconds, needs no daemon, and a site's job runs with the same number of threads wherever it
-runs, so the weights do not depend on the engine or on the number of workers. Workers are forked from a server that has
-imported the libraries once. A message to a worker travels as protobuf without its arrays, then array after array in
-pieces, so that neither end ever holds a second copy of a model; and one reply at a time is taken in, the others wait in
-their workers. So the server's memory depends on the model alone, whatever the number of sites and workers.
+The Grid starts in seconds, needs no daemon, and a site's job runs with the same number of threads wherever it runs, so the
+weights do not depend on the engine or on the number of workers. Workers are forked from a server that has imported the
+libraries once. One reply at a time is taken in, the others wait in their workers, so the server's memory depends on the
+model alone, whatever the number of sites and workers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 import uuid
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,20 +30,18 @@ from simulations import forkserver
 
 forkserver.quiet_flower()  # Flower reads its environment when it is imported
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto  # noqa: E402
-from flwr.common.serde_utils import metadata_to_proto  # noqa: E402
-from flwr.proto.message_pb2 import Message as ProtoMessage  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from client.app import Place, build_app  # noqa: E402
+from server.link import exchange  # noqa: E402
+from simulations.pipe import receive, send  # noqa: E402
 
 CRASHED, LATE = 1002, 1003
 SERVER_NODE = 1
 PULL_S = 0.2  # a reply ends the wait at once; this is how long nothing at all may happen
-PIECE_BYTES = 1 << 20  # of 16 MB arrays in one go a pipe carried 0.6 GB/s, in pieces that stay in the cache 2.8 GB/s
 
 Places = Mapping[int, Mapping[str, str]]  # node -> what its --node-config would say
 MakeApp = Callable[[Places], ClientApp]
@@ -67,7 +61,7 @@ def client_app(places: Places) -> ClientApp:
 
 def locate_among(places: Places) -> Locate:
     """Where the files of a node of a simulation are."""
-    return lambda context: _place(places[context.node_id])
+    return lambda context: place_of(places[context.node_id])
 
 
 @dataclass(frozen=True)
@@ -229,62 +223,6 @@ def _threads_restored() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def send(connection: Connection, message: Message) -> None:
-    """Write a message: as protobuf what is not an array's data, then the data of array after array from where they lie."""
-    connection.send_bytes(_without_data(message))
-    for array in _arrays(message):
-        data = memoryview(array.data).cast("B")
-        for start in range(0, len(data) + 1, PIECE_BYTES):  # a piece that is not full, even an empty one, ends an array
-            connection.send_bytes(data[start : start + PIECE_BYTES])
-
-
-def receive(connection: Connection) -> Message:
-    """Read a message that ``send`` wrote. Raises EOFError or OSError if the other end is gone."""
-    message = message_from_proto(ProtoMessage.FromString(connection.recv_bytes()))
-    for array in _arrays(message):
-        array.data = b"".join(_pieces(connection))
-    return message
-
-
-def _pieces(connection: Connection) -> Iterator[bytes]:
-    while len(piece := connection.recv_bytes(PIECE_BYTES)) == PIECE_BYTES:
-        yield piece
-    yield piece
-
-
-def _arrays(message: Message) -> Iterator[Array]:
-    """A message's arrays in the order in which they stand in it.
-
-    Not by way of ``content.array_records``: Flower's view of a content is a reference cycle that holds it, so whoever has
-    looked through it keeps a model in memory until Python next collects cycles, which may be many messages later.
-    """
-    if message.has_content():
-        for record in message.content.values():
-            if isinstance(record, ArrayRecord):
-                yield from record.values()
-
-
-def _without_data(message: Message) -> bytes:
-    """A message as Flower's protobuf, its arrays empty."""
-    if message.has_error():
-        error: bytes = message_to_proto(message).SerializeToString()
-        return error
-    proto = ProtoMessage(metadata=metadata_to_proto(message.metadata))
-    proto.content.SetInParent()  # content without records is not no content
-    for key, record in message.content.items():
-        if not isinstance(record, ArrayRecord):
-            proto.content.MergeFrom(recorddict_to_proto(RecordDict({key: record})))
-            continue
-        item = proto.content.items.add(key=key)
-        item.array_record.SetInParent()
-        for name, array in record.items():
-            value = item.array_record.items.add(key=name).value
-            value.dtype, value.stype = array.dtype, array.stype
-            value.shape.extend(array.shape)
-    encoded: bytes = proto.SerializeToString()
-    return encoded
-
-
 def _serve(connection: Connection, places: Places, make_app: MakeApp) -> None:
     """A worker's life: read a message, run the ClientApp on it, answer, until the pool closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -309,12 +247,14 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _as_strings(place: Place) -> dict[str, str]:
+def as_node_config(place: Place) -> dict[str, str]:
+    """A place as a SuperNode's --node-config would say it."""
     paths = {"experiment": place.experiment, "shard": place.shard, "state": place.state}
     return {"site": place.site} | {name: str(path.absolute()) for name, path in paths.items()}
 
 
-def _place(node_config: Mapping[str, str]) -> Place:
+def place_of(node_config: Mapping[str, str]) -> Place:
+    """The place that a node config describes."""
     return Place(node_config["site"], Path(node_config["experiment"]), Path(node_config["shard"]), Path(node_config["state"]))
 
 
@@ -338,7 +278,7 @@ class InProcessGrid(Grid):
     """Flower's Grid over worker processes on this machine, or over no other process than this one."""
 
     def __init__(self, places: Iterable[Place], *, num_workers: int, make_app: MakeApp = client_app) -> None:
-        self._places = {SERVER_NODE + 1 + number: _as_strings(place) for number, place in enumerate(places)}
+        self._places = {SERVER_NODE + 1 + number: as_node_config(place) for number, place in enumerate(places)}
         self._pool: Workplace = WorkerPool(self._places, num_workers, make_app) if num_workers else Here(self._places, make_app)
         run_id = uuid.uuid4().int >> 65
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE
@@ -381,14 +321,7 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, at most ``timeout`` seconds."""
-        waiting = set(self.push_messages(messages))
-        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        replies: list[Message] = []
-        while waiting and time.monotonic() < deadline:
-            for reply in self.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
-        return replies
+        return exchange(self, messages, timeout)
 
 
 def run_in_process(app: ServerApp, places: Iterable[Place], *, num_workers: int, make_app: MakeApp = client_app) -> None:
@@ -398,65 +331,3 @@ def run_in_process(app: ServerApp, places: Iterable[Place], *, num_workers: int,
         app(grid, Context(run_id=TaskIdentity.run_id, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config={}))
     finally:
         grid.close()
-
-
-def run_on_ray(
-    app: ServerApp,
-    places: Iterable[Place],
-    *,
-    num_workers: int,
-    threads_per_site: int,
-    build: Callable[[Locate], ClientApp] = build_app,
-) -> None:
-    """Run a ServerApp over Flower's own simulation engine, on the ClientApp that ``build`` makes."""
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise RunError("--engine ray needs Ray; install it with: pip install 'fedmix[simulation]'") from None
-    from flwr.simulation import run_simulation
-
-    # Flower reports a refusing site with a traceback, and announces itself; what matters comes back as a reply or is raised.
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    ordered = [_as_strings(place) for place in places]
-    is_over = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="fedmix-ray-", ignore_cleanup_errors=True) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # run_simulation is deprecated in favour of a CLI that leaves daemons behind
-        try:
-            run_simulation(
-                server_app=_ending_with(is_over, app),
-                client_app=build(lambda context: _place(ordered[int(context.node_config["partition-id"])])),
-                num_supernodes=len(ordered),
-                backend_config={
-                    "client_resources": {"num_cpus": threads_per_site, "num_gpus": 0.0},
-                    "init_args": {
-                        "num_cpus": num_workers * threads_per_site,
-                        "include_dashboard": False,
-                        "log_to_driver": False,
-                        "logging_level": "critical",
-                        "_temp_dir": folder,
-                    },
-                },
-            )
-        finally:
-            is_over.set()
-
-
-def _ending_with(is_over: threading.Event, app: ServerApp) -> ServerApp:
-    """The same app, which stops asking for replies once the engine has stopped: Flower runs it in a thread of its own,
-    which would keep the process alive after Ctrl-C until the round's deadline.
-    """
-    ending = ServerApp()
-
-    @ending.main()
-    def main(grid: Grid, context: Context) -> None:
-        pull = grid.pull_messages
-
-        def pull_or_stop(message_ids: Iterable[str]) -> Iterable[Message]:
-            if is_over.is_set():
-                raise RunError("the engine has stopped")
-            return pull(message_ids)
-
-        grid.pull_messages = pull_or_stop  # type: ignore[method-assign]
-        app(grid, context)
-
-    return ending

@@ -30,6 +30,7 @@ from server.model_folder import save_model
 from server.store import Parameters, RunStore, warm_start_hashes
 from simulations import baselines, engine
 from simulations.partition import prepare_sites
+from simulations.ray_engine import run_on_ray
 from simulations.superlink import run_on_superlink
 
 EngineName = Literal["inprocess", "ray", "superlink"]
@@ -125,7 +126,7 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
             evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * threads,
         )
         if ready.engine == "ray":
-            engine.run_on_ray(app, places, num_workers=num_workers, threads_per_site=threads)
+            run_on_ray(app, places, num_workers=num_workers, threads_per_site=threads)
         elif ready.engine == "superlink":
             with store.lent():
                 run_on_superlink(store.folder, places, threads_per_site=threads, watch=ready.view.update)

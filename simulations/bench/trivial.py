@@ -31,6 +31,7 @@ from fedmix.federation.update import Update
 from server.rounds import RoundLoop
 from server.store import RunStore
 from simulations import engine
+from simulations.ray_engine import run_on_ray
 
 WIDTH = 2000  # of the square matrices that the model is made of: 16 MB each, as in a large transformer
 START, ADDED = 0.5, 1e-4
@@ -104,7 +105,7 @@ def federate(engine_name: str, size: Size, folder: Path) -> RunStore:
     num_workers = 0 if engine_name == "sequential" else engine.default_workers(size.num_sites, 1)
     app = _server_app(experiment, store, size)
     if engine_name == "ray":
-        engine.run_on_ray(app, places, num_workers=num_workers, threads_per_site=1, build=site_app)
+        run_on_ray(app, places, num_workers=num_workers, threads_per_site=1, build=site_app)
     else:
         engine.run_in_process(app, places, num_workers=num_workers, make_app=_app_of_nodes)
     return store

@@ -78,6 +78,9 @@ def test_no_gradient_goes_to_the_past() -> None:
     learner = tiny.learner(**QUEUE).at_round_start()
     for seed in range(3):
         learner.loss(learner.terms(tiny.batch("ppp", seed), tiny.generator(seed))).backward()
+    assert learner.past is not None
+    assert learner.past.kept is not None
+    assert not any(rows.requires_grad for rows in learner.past.kept)
 
 
 def test_learner_without_a_queue_remembers_nothing() -> None:

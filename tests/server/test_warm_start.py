@@ -72,12 +72,13 @@ def test_run_is_taken_up_with_the_same_content_elsewhere_and_refused_with_anothe
 
 
 def test_run_that_began_before_there_were_warm_starts_is_taken_up(tmp_path: Path) -> None:
-    RunStore(tmp_path / "run", experiment(tmp_path, None), resume=False)._unlock()
+    begun = RunStore(tmp_path / "run", experiment(tmp_path, None), resume=False)
+    begun._unlock()
     manifest = tmp_path / "run" / "manifest.json"
     manifest.write_text(
         json.dumps({name: value for name, value in json.loads(manifest.read_text()).items() if name != "warm_start"})
     )
-    RunStore(tmp_path / "run", experiment(tmp_path, None), resume=True)
+    assert RunStore(tmp_path / "run", experiment(tmp_path, None), resume=True).run_id == begun.run_id
 
 
 def test_missing_file_leaves_no_run_behind(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from little import ROOT, DirectGrid, World, everyone, is_running, waited_until
 from client.app import Place
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
-from simulations import engine, forkserver
+from simulations import engine, forkserver, pipe
 from simulations.engine import InProcessGrid, WorkerPool
 
 
@@ -58,7 +58,7 @@ def through_a_pipe(message: Message) -> Message:
     ours, theirs = Pipe()
     writer = threading.Thread(target=engine.send, args=(ours, message))
     writer.start()
-    received = engine.receive(theirs)
+    received = pipe.receive(theirs)
     writer.join()
     ours.close()
     theirs.close()
@@ -81,7 +81,7 @@ def test_messages_arrive_at_workers_as_flowers_own_protobuf_would_carry_them() -
 
 def test_array_data_arrive_whole_whatever_their_length_beside_a_piece() -> None:
     DirectGrid([], {})
-    lengths = [0, 1, engine.PIECE_BYTES - 1, engine.PIECE_BYTES, engine.PIECE_BYTES + 1, 2 * engine.PIECE_BYTES, 3]
+    lengths = [0, 1, pipe.PIECE_BYTES - 1, pipe.PIECE_BYTES, pipe.PIECE_BYTES + 1, 2 * pipe.PIECE_BYTES, 3]
     arrays = {f"a{length}": Array("uint8", (length,), "odd", os.urandom(length)) for length in lengths}
     received = through_a_pipe(Message(RecordDict({"arrays": ArrayRecord(arrays)}), 2, "train"))
     assert dict(received.content.array_records["arrays"]) == arrays
