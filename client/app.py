@@ -11,6 +11,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client import messages, parameters
-from client.state import Memory, SiteState
+from client.state import SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler
 from fedmix.data.shard import Shard
@@ -123,23 +124,29 @@ def _train(message: Message, place: Place) -> Message:
     learner = _learner(place.experiment, stage.name)
     sampler = _sampler(place.shard, place.experiment, site.name, stage.name)
     state = SiteState(place.state, order.run)
-    parameters.load(learner.model, order, site.stream, state)
+    state.prepare()
+    received = parameters.load(learner.model, order, site.stream, state)
     memory = state.before(order.round_number, stage_began=stage_began)
-    started = time.time()
-    update, moments = local.train(
-        learner,
-        sampler,
-        local.Assignment(site.name, stage, (order.round_number - stage_began) * stage.local_steps, experiment.seed),
-        optimiser_state=memory.moments if stage.optimiser.keep_state else None,
-        second_moments=order.second_moments,
-        precision=experiment.federation.precision,
-    )
-    trained_s = (started, time.time())
-    # The seed holds the round and nothing that a repeat of it would change.
-    chance = torch.Generator().manual_seed(local.seed_of(experiment.seed, site.name, order.round_number, "wire"))
-    coded, residual = compression.encode(update.deltas, memory.residual, experiment.wire, chance)
+    with ThreadPoolExecutor(max_workers=1) as disk:  # a large model's files are written while the site computes
+        kept = [disk.submit(state.keep_received, received)] if order.parameters else []
+        started = time.time()
+        update, moments = local.train(
+            learner,
+            sampler,
+            local.Assignment(site.name, stage, (order.round_number - stage_began) * stage.local_steps, experiment.seed),
+            optimiser_state=memory.moments if stage.optimiser.keep_state else None,
+            second_moments=order.second_moments,
+            precision=experiment.federation.precision,
+        )
+        trained_s = (started, time.time())
+        kept.append(disk.submit(state.keep_moments, order.round_number, moments if stage.optimiser.keep_state else {}))
+        # The seed holds the round and nothing that a repeat of it would change.
+        chance = torch.Generator().manual_seed(local.seed_of(experiment.seed, site.name, order.round_number, "wire"))
+        coded, residual = compression.encode(update.deltas, memory.residual, experiment.wire, chance)
+        for written in kept:
+            written.result()
     # Before the reply: a committed round must find it.
-    state.save(order.round_number, Memory(moments if stage.optimiser.keep_state else {}, residual))
+    state.finish(order.round_number, residual)
     return messages.reply(message, order, update, coded, trained_s=trained_s)
 
 

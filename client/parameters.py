@@ -23,8 +23,8 @@ class NeedsAllError(DataError):
     """This site does not hold what the order left out; the server answers with an order that carries everything."""
 
 
-def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> None:
-    """Copy the order's parameters in, all that this site's stream reaches and no other, and keep them for the next order."""
+def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> dict[str, Tensor]:
+    """Copy the order's parameters in, all that this site's stream reaches and no other, and return them."""
     own = {name: value for name, value in model.named_parameters() if stream in REACHED_BY[tower_of(group_of(name))]}
     _check_names(order, own)
     parameters = _complete(order, own, state)
@@ -37,8 +37,7 @@ def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> N
                 )
             own[name].copy_(value)
     model.zero_grad(set_to_none=True)  # a job that failed midway may have left gradients
-    if order.parameters:
-        state.keep_received(parameters)
+    return parameters
 
 
 def _check_names(order: Order, own: Mapping[str, Tensor]) -> None:

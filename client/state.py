@@ -1,8 +1,10 @@
 """What a site keeps on its own disk in a run: its optimiser's moments, what coding its updates lost, and the parameters it
 received last.
 
-A deployed node starts a new process for every message, so memory is no place for it. The first two are one file a round: a
-resumed run that repeats a round finds what was there before that round, and what came of the lost round is dropped.
+A deployed node starts a new process for every message, so memory is no place for it. The first two are kept for each of the
+last rounds: a resumed run that repeats a round finds what was there before that round, and what came of the lost round is
+dropped. Moments have a file of their own, which can be written while the update is still being coded; the residual's file
+comes last and makes the round's state whole.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from fedmix.errors import RunError
 # The server may fall back one checkpoint (server/store.py) while this site has already finished the round after its
 # newest: the state from before the older checkpoint's next round must still be here then.
 NUM_KEPT = 3
-RESIDUAL = "residual/"  # begins the names of residuals in a round's file; the others are the optimiser's
 
 
 @dataclass(frozen=True)
@@ -41,37 +42,48 @@ class SiteState:
         self._folder = folder / run
         self._received = self._folder / "received.safetensors"
 
+    def prepare(self) -> None:
+        """Make the folder, and remove what a kill left half written. Raises RunError where nothing could be kept."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for torn in (*self._folder.glob("*.partial"), *self._folder.glob(".tmp*")):  # safetensors' own
+                torn.unlink()
+            (self._folder / ".partial").touch()
+            (self._folder / ".partial").unlink()
+        except OSError as error:
+            raise RunError(f"this site's state cannot be kept: {_cause(error)}") from None
+
     def before(self, round_number: int, *, stage_began: int) -> Memory:
         """What the last round that this site finished before ``round_number`` left; empty if there was none.
 
         Moments from before ``stage_began``, the stage's first round, belong to another optimiser and are left out.
         """
-        earlier = [path for path in self._files() if _round(path) < round_number]
-        if not earlier:
+        finished = [path for path in self._finished() if _round(path) < round_number]
+        if not finished:
             return Memory()
+        newest = finished[-1]
         try:
-            kept = load_file(earlier[-1])
+            moments = load_file(self._moments(_round(newest))) if _round(newest) >= stage_began else {}
+            return Memory(moments, load_file(newest))
         except (SafetensorError, OSError) as error:
             raise RunError(
                 f"the optimiser state kept at this site cannot be read ({type(error).__name__}); remove the site's state "
                 "folder to go on with fresh moments, or start the run anew"
             ) from None
-        is_of_stage = _round(earlier[-1]) >= stage_began
-        return Memory(
-            {name: value for name, value in kept.items() if is_of_stage and not name.startswith(RESIDUAL)},
-            {name.removeprefix(RESIDUAL): value for name, value in kept.items() if name.startswith(RESIDUAL)},
-        )
 
-    def save(self, round_number: int, memory: Memory) -> None:
-        """Keep what a round left, whole or not at all, and drop what no resume can need."""
-        tensors = dict(memory.moments) | {RESIDUAL + name: value for name, value in memory.residual.items()}
-        if not tensors:
-            return
-        self._keep("the optimiser state", tensors, self._folder / f"round-{round_number:05d}.safetensors", is_flushed=True)
-        files = self._files()
-        later = [path for path in files if _round(path) > round_number]
-        for stale in later + files[: len(files) - len(later)][:-NUM_KEPT]:
-            stale.unlink(missing_ok=True)
+    def keep_moments(self, round_number: int, moments: Mapping[str, Tensor]) -> None:
+        """Write down a round's moments, after dropping what a lost attempt at it left; ``finish`` makes them count."""
+        for path in (*self._finished(), *self._folder.glob("moments-*.safetensors")):
+            if _round(path) >= round_number:
+                path.unlink()
+        self._keep("the optimiser state", moments, self._moments(round_number), is_flushed=True)
+
+    def finish(self, round_number: int, residual: Mapping[str, Tensor]) -> None:
+        """Write down what coding lost, with which the round's state is whole, and drop what no resume can need."""
+        self._keep("the optimiser state", residual, self._folder / f"round-{round_number:05d}.safetensors", is_flushed=True)
+        for stale in self._finished()[:-NUM_KEPT]:
+            stale.unlink()
+            self._moments(_round(stale)).unlink(missing_ok=True)
 
     def received(self) -> dict[str, Tensor]:
         """The parameters received last, for the caller to compare with their hashes; empty if there are none to be read."""
@@ -89,9 +101,6 @@ class SiteState:
         """Write a file that is there whole or not at all; flushed, even if the power fails."""
         partial = path.with_suffix(".partial")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for torn in (*self._folder.glob("*.partial"), *self._folder.glob(".tmp*")):  # safetensors' own, if it was killed
-                torn.unlink()
             save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
             if is_flushed:
                 flush(partial)
@@ -101,12 +110,15 @@ class SiteState:
         except (SafetensorError, OSError) as error:
             raise RunError(f"{what} cannot be kept at this site: {_cause(error)}") from None
 
-    def _files(self) -> list[Path]:
+    def _moments(self, round_number: int) -> Path:
+        return self._folder / f"moments-{round_number:05d}.safetensors"
+
+    def _finished(self) -> list[Path]:
         return sorted(self._folder.glob("round-*.safetensors"))
 
 
 def _round(path: Path) -> int:
-    return int(path.stem.removeprefix("round-"))
+    return int(path.stem.rpartition("-")[2])
 
 
 def _cause(error: SafetensorError | OSError) -> str:

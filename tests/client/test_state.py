@@ -1,4 +1,4 @@
-"""What a site keeps on its disk: moments and residuals, one file a round, and the parameters it received last."""
+"""What a site keeps on its disk: moments and residuals of the last rounds, and the parameters it received last."""
 
 from __future__ import annotations
 
@@ -24,10 +24,21 @@ def memory(number: float) -> Memory:
     )
 
 
+def save(state: SiteState, round_number: int, left: Memory) -> None:
+    state.keep_moments(round_number, left.moments)
+    state.finish(round_number, left.residual)
+
+
+def opened(folder: Path, run: str = "run-1") -> SiteState:
+    state = SiteState(folder, run)
+    state.prepare()
+    return state
+
+
 def saved(folder: Path, *rounds: int) -> SiteState:
-    state = SiteState(folder, "run-1")
+    state = opened(folder)
     for number in rounds:
-        state.save(number, memory(float(number)))
+        save(state, number, memory(float(number)))
     return state
 
 
@@ -67,7 +78,7 @@ def test_another_stage_takes_up_the_residual_and_not_the_moments(tmp_path: Path)
 
 def test_a_repeated_round_drops_what_came_of_the_lost_one(tmp_path: Path) -> None:
     state = saved(tmp_path, 1, 2, 3)
-    state.save(2, memory(20.0))
+    save(state, 2, memory(20.0))
     found = state.before(9, stage_began=1)
     assert (number_of(found), residual_of(found)) == (20.0, 20.0)
 
@@ -76,17 +87,35 @@ def test_enough_is_kept_for_a_server_that_falls_back_one_checkpoint(tmp_path: Pa
     # The server had committed 4 and its checkpoint is damaged; this site has finished 5. Round 4 is repeated, from 3.
     state = saved(tmp_path, 1, 2, 3, 4, 5)
     assert number_of(state.before(4, stage_began=1)) == 3.0
-    assert len(list(tmp_path.rglob("*.safetensors"))) == NUM_KEPT == 3
+    assert sorted(path.name for path in tmp_path.rglob("*.safetensors")) == [
+        f"{kind}-0000{number}.safetensors" for kind in ("moments", "round") for number in (3, 4, 5)
+    ]
+    assert NUM_KEPT == 3
 
 
-def test_nothing_to_keep_leaves_no_file(tmp_path: Path) -> None:
-    SiteState(tmp_path, "run-1").save(1, Memory())
-    assert not list(tmp_path.rglob("*"))
+def test_a_round_killed_between_its_two_files_is_not_finished(tmp_path: Path) -> None:
+    state = saved(tmp_path, 1)
+    state.keep_moments(2, memory(2.0).moments)
+    assert (number_of(state.before(3, stage_began=1)), residual_of(state.before(3, stage_began=1))) == (1.0, 1.0)
+
+
+def test_a_repeated_round_killed_between_its_two_files_leaves_no_mixture(tmp_path: Path) -> None:
+    state = saved(tmp_path, 1, 2, 3)
+    state.keep_moments(2, memory(20.0).moments)
+    found = state.before(9, stage_began=1)
+    assert (number_of(found), residual_of(found)) == (1.0, 1.0)
+
+
+def test_moments_that_are_gone_are_not_taken_for_none(tmp_path: Path) -> None:
+    state = saved(tmp_path, 1)
+    (tmp_path / "run-1" / "moments-00001.safetensors").unlink()
+    with pytest.raises(RunError, match="optimiser state kept at this site cannot be read"):
+        state.before(2, stage_began=1)
 
 
 def test_runs_do_not_see_each_other(tmp_path: Path) -> None:
     saved(tmp_path, 1).keep_received({"a": torch.ones(2)})
-    other = SiteState(tmp_path, "run-2")
+    other = opened(tmp_path, "run-2")
     assert other.before(2, stage_began=1) == Memory()
     assert other.received() == {}
 
@@ -109,7 +138,7 @@ def test_a_damaged_state_is_said_without_its_path(tmp_path: Path) -> None:
 
 
 def test_received_parameters_come_back_to_the_bit_and_only_the_last(tmp_path: Path) -> None:
-    state = SiteState(tmp_path, "run-1")
+    state = opened(tmp_path)
     assert state.received() == {}
     for seed in (1, 2):
         last = {"a": torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)), "b": torch.tensor(float(seed))}
@@ -120,7 +149,7 @@ def test_received_parameters_come_back_to_the_bit_and_only_the_last(tmp_path: Pa
 
 def test_parameters_read_before_they_were_replaced_stay_as_they_were(tmp_path: Path) -> None:
     """They are mapped from the file, which must therefore be replaced and never written over."""
-    state = SiteState(tmp_path, "run-1")
+    state = opened(tmp_path)
     state.keep_received({"a": torch.ones(1000)})
     before = state.received()["a"]
     state.keep_received({"a": torch.zeros(1000)})
@@ -130,14 +159,14 @@ def test_parameters_read_before_they_were_replaced_stay_as_they_were(tmp_path: P
 def test_received_parameters_are_no_round_s_state(tmp_path: Path) -> None:
     state = saved(tmp_path, 1)
     state.keep_received({"a": torch.ones(2)})
-    state.save(2, memory(2.0))
+    save(state, 2, memory(2.0))
     assert number_of(state.before(3, stage_began=1)) == 2.0
     assert set(state.received()) == {"a"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
 def test_unreadable_parameters_count_as_none(damage: bytes | None, tmp_path: Path) -> None:
-    state = SiteState(tmp_path, "run-1")
+    state = opened(tmp_path)
     state.keep_received({"a": torch.ones(2)})
     path = tmp_path / "run-1" / "received.safetensors"
     if damage is None:
@@ -152,17 +181,21 @@ def test_unreadable_parameters_count_as_none(damage: bytes | None, tmp_path: Pat
 
 def test_a_state_folder_that_is_none_is_said_without_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    state = SiteState(tmp_path / "file", "run-1")
     with pytest.raises(RunError) as caught:
-        state.save(1, memory(1.0))
-    assert str(caught.value) == (
-        "the optimiser state cannot be kept at this site: Not a directory; let the agent write to its state folder"
-    )
-    with pytest.raises(RunError) as caught:
-        state.keep_received({"a": torch.ones(2)})
-    assert str(caught.value) == (
-        "the server's parameters cannot be kept at this site: Not a directory; let the agent write to its state folder"
-    )
+        SiteState(tmp_path / "file", "run-1").prepare()
+    assert str(caught.value) == "this site's state cannot be kept: Not a directory; let the agent write to its state folder"
+
+
+def test_a_folder_that_went_away_is_said_without_its_path(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    (tmp_path / "run-1").rmdir()
+    for what, keep in (
+        ("the optimiser state", lambda: state.finish(1, {"a": torch.ones(2)})),
+        ("the server's parameters", lambda: state.keep_received({"a": torch.ones(2)})),
+    ):
+        with pytest.raises(RunError, match=f"{what} cannot be kept at this site: No such file or directory; ") as caught:
+            keep()
+        assert str(tmp_path) not in str(caught.value)
 
 
 def test_a_full_disk_is_said_without_its_path_and_the_last_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +207,7 @@ def test_a_full_disk_is_said_without_its_path_and_the_last_state_stays(tmp_path:
 
     monkeypatch.setattr(state_module, "save_file", full)
     with pytest.raises(RunError) as caught:
-        state.save(2, memory(2.0))
+        save(state, 2, memory(2.0))
     assert str(caught.value) == (
         "the optimiser state cannot be kept at this site: No space left on device; make room in its state folder"
     )
@@ -188,7 +221,7 @@ def test_a_file_that_outgrows_its_limit_is_said_without_its_path(tmp_path: Path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(RunError) as caught:
-            state.save(2, Memory({"adamw/a/exp_avg": torch.zeros(1000)}))
+            save(state, 2, Memory({"adamw/a/exp_avg": torch.zeros(1000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
@@ -202,8 +235,11 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     state = saved(tmp_path, 1)
     (tmp_path / "run-1" / ".tmpLrSfA6").write_bytes(b"half")
     (tmp_path / "run-1" / "received.partial").write_bytes(b"half")
-    state.save(2, memory(2.0))
+    state.prepare()
+    save(state, 2, memory(2.0))
     assert sorted(path.name for path in (tmp_path / "run-1").iterdir()) == [
+        "moments-00001.safetensors",
+        "moments-00002.safetensors",
         "round-00001.safetensors",
         "round-00002.safetensors",
     ]
