@@ -388,7 +388,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or folders of studies")],
-    out: Annotated[Path | None, typer.Option(help="also write it, as .md or .html with drawings")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="also write it: .md, .html with drawings, .svg with a study's differences")
+    ] = None,
 ) -> None:
     """Put runs side by side, or the methods of a study, with intervals over its seeds; an unfinished study too.
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedmix.errors import RunError
 from fedmix.report import charts, comparison, measures, narrative, quantities
 from fedmix.report.examples import Examples, load_examples
+from fedmix.report.forest import forest
 from fedmix.report.history import History, read_history
 from fedmix.report.measures import Grid
 from fedmix.report.study import Study
@@ -95,6 +96,8 @@ def write_report(run_dir: Path) -> Path:
 
 def write_comparison(path: Path, reports: Sequence[Report]) -> Path:
     """Write the table that compares runs, as Markdown for a path that ends in .md and as HTML otherwise."""
+    if path.suffix == ".svg":
+        raise RunError("a picture shows the differences of a study; for single runs write .md or .html")
     grid = measures.compare_table(reports)
     template = _environment().get_template("compare.html.j2")
     write_text(path, measures.markdown(grid) if path.suffix == ".md" else template.render(grid=grid))
@@ -102,7 +105,9 @@ def write_comparison(path: Path, reports: Sequence[Report]) -> Path:
 
 
 def write_study(path: Path, studies: Sequence[Study]) -> Path:
-    """Write what compares the methods of studies, as Markdown for a path that ends in .md and as HTML otherwise."""
+    """Write what compares the methods of studies: Markdown for .md, one picture of one study for .svg, HTML otherwise."""
+    if path.suffix == ".svg":
+        return _write_forest(path, studies)
     comparisons = [comparison.compared(study) for study in studies]
     if path.suffix == ".md":
         write_text(path, comparison.as_markdown(comparisons))
@@ -112,6 +117,16 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
             comparisons=comparisons, charts=charts, costs=comparison.COSTS, gap_sentence=comparison.gap_sentence
         )
         write_text(path, drawn)
+    return path
+
+
+def _write_forest(path: Path, studies: Sequence[Study]) -> Path:
+    if len(studies) != 1:
+        raise RunError(f"a picture holds one study, {len(studies)} were given; write one .svg for each")
+    figure = forest(studies[0])
+    if not figure.blocks:
+        raise RunError(f"study {studies[0].name!r} has no method beside the main one yet; there is no difference to draw")
+    write_text(path, _environment().get_template("forest.svg.j2").render(figure=figure))
     return path
 
 

@@ -1,0 +1,108 @@
+"""A study's differences as one picture: to the right is better in every column, and what an interval says is what is drawn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from synthetic_study import LEVELS
+from synthetic_study import write_study as written
+
+from fedmix.errors import RunError
+from fedmix.report.forest import Column, forest
+from fedmix.report.html import write_comparison, write_study
+from fedmix.report.study import MEASURES, Study, read_study
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return read_study(written(tmp_path / "study"))
+
+
+def column(study: Study, regime: int, name: str) -> Column:
+    return next(one for one in forest(study).blocks[regime].columns if one.title.startswith(MEASURES[name].title))
+
+
+def test_right_is_better_whichever_way_a_measure_counts(study: Study) -> None:
+    assert [name for name, _ in forest(study).blocks[0].names] == ["paired only", "site west", "best site", "centralised"]
+    for name in ("zero_shot_auroc", "psnr_db", "bits_per_token"):
+        found = column(study, 0, name)
+        worse, _, _, better = (mark.x - found.zero for mark in found.marks)
+        assert worse < 0 < better, name
+
+
+def test_a_mark_lies_where_its_difference_is(study: Study) -> None:
+    found = column(study, 1, "psnr_db")
+    middle = (found.start + found.stop) / 2
+    assert found.zero == pytest.approx(middle)
+    reach = 1.25 * max(
+        abs(one.mean)
+        for method in ("paired_only", "site_west", "centralised")
+        if (one := study.difference("scarce", method, "psnr_db"))
+    )
+    one = study.difference("scarce", "paired_only", "psnr_db")
+    assert one is not None
+    assert found.marks[0].x == pytest.approx(middle - one.mean / reach * (found.stop - middle))
+    assert found.marks[0].text == "\N{MINUS SIGN}2.49"
+
+
+def test_only_a_clear_difference_gets_a_verdict(study: Study) -> None:
+    for number, regime in enumerate(("plentiful", "scarce")):
+        for name in MEASURES:
+            for method, mark in zip(
+                ("paired_only", "site_west", "best_site", "centralised"), column(study, number, name).marks, strict=True
+            ):
+                one = study.difference(regime, method, name)
+                assert one is not None
+                assert one.interval is not None
+                assert (mark.verdict != "open") == (one.interval[0] * one.interval[1] > 0)
+
+
+def test_an_interval_beyond_its_column_is_cut_and_says_so(tmp_path: Path) -> None:
+    wide = [dict(level) for level in LEVELS["scarce"]]
+    wide[0]["paired_only"], wide[1]["paired_only"] = 0.9, 0.1
+    found = column(read_study(written(tmp_path / "wide", {"scarce": wide})), 0, "psnr_db")
+    mark = found.marks[0]
+    assert mark.interval == (found.start, found.stop)
+    assert mark.is_cut == (True, True)
+    assert mark.verdict == "open"
+
+
+def test_one_seed_has_a_place_and_no_verdict(tmp_path: Path) -> None:
+    found = column(read_study(written(tmp_path / "one", {"scarce": LEVELS["scarce"][:1]})), 0, "psnr_db")
+    assert {(mark.interval, mark.verdict) for mark in found.marks} == {(None, "open")}
+
+
+def test_the_picture_is_xml_that_stands_alone(study: Study, tmp_path: Path) -> None:
+    path = write_study(tmp_path / "figure.svg", [study])
+    root = ElementTree.fromstring(path.read_text())
+    assert root.tag == f"{SVG}svg"
+    texts = {"".join(one.itertext()) for one in root.iter(f"{SVG}text")}
+    assert {"paired only", "plentiful", "scarce"} <= texts
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 * 4 * len(MEASURES)
+    assert "href" not in path.read_text()
+    for circle in root.iter(f"{SVG}circle"):
+        assert math.isfinite(float(circle.attrib["cx"]))
+        assert 0 < float(circle.attrib["cx"]) < float(root.attrib["width"])
+        assert 0 < float(circle.attrib["cy"]) < float(root.attrib["height"])
+
+
+def test_untrained_models_would_press_all_others_together(tmp_path: Path) -> None:
+    levels = [level | {"random_init": 0.0} for level in LEVELS["scarce"]]
+    figure = forest(read_study(written(tmp_path / "study", {"scarce": levels})))
+    assert "random init" not in [name for name, _ in figure.blocks[0].names]
+
+
+def test_what_cannot_be_drawn_is_said(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="a picture holds one study, 2 were given"):
+        write_study(tmp_path / "figure.svg", [study, study])
+    alone = read_study(written(tmp_path / "alone", {"scarce": [{"fedmix": 0.5}]}))
+    with pytest.raises(RunError, match="no method beside the main one yet"):
+        write_study(tmp_path / "figure.svg", [alone])
+    with pytest.raises(RunError, match="of a study; for single runs"):
+        write_comparison(tmp_path / "figure.svg", [])
+    assert not (tmp_path / "figure.svg").exists()
