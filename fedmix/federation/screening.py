@@ -25,7 +25,7 @@ from fedmix import config
 from fedmix.batch import STREAMS, Stream
 from fedmix.errors import UpdateError
 from fedmix.federation.compression import LEVELS, Parts, check_parts, num_kept, parts_of
-from fedmix.federation.local import is_for_muon
+from fedmix.federation.optimisers import is_for_muon
 from fedmix.federation.slabs import Shapes, norm
 from fedmix.federation.update import REACHED_BY, Contribution, group_of, rows_of, tower_of
 

@@ -11,16 +11,8 @@ from torch import Tensor
 from fedmix import config
 from fedmix.batch import Batch
 from fedmix.errors import RunError, UpdateError
-from fedmix.federation.local import (
-    Assignment,
-    Optimisers,
-    OptimiserState,
-    arithmetic,
-    cosine,
-    pull,
-    seed_of,
-    train,
-)
+from fedmix.federation.local import Assignment, arithmetic, pull, seed_of, train
+from fedmix.federation.optimisers import Optimisers, OptimiserState, cosine
 from fedmix.federation.update import REACHED_BY, Update, group_of, tower_of
 from fedmix.objectives.mixture import Learner
 

@@ -23,7 +23,8 @@ from fedmix.batch import Batch, Stream
 from fedmix.errors import ConfigError, UpdateError
 from fedmix.federation import screening
 from fedmix.federation.compression import decode_rows, encode
-from fedmix.federation.local import Assignment, Optimisers, cosine, train
+from fedmix.federation.local import Assignment, train
+from fedmix.federation.optimisers import Optimisers, cosine
 from fedmix.federation.screening import (
     Asked,
     Screen,

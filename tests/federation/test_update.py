@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedmix import config
 from fedmix.errors import UpdateError
-from fedmix.federation.local import Optimisers
+from fedmix.federation.optimisers import Optimisers
 from fedmix.federation.update import REACHED_BY, digest, group_of, mean_metrics, num_bytes, tower_of, typed
 
 # ---- groups and towers
