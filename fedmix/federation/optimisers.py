@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedmix import config
 from fedmix.errors import RunError, UpdateError
+from fedmix.federation.muon import BatchedMuon
 
 OptimiserState = dict[str, Tensor]  # "<optimiser>/<parameter>/<moment>" -> tensor
 
@@ -34,17 +35,19 @@ class Optimisers:
         adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, betas=BETAS, fused=True)
         self._adamw = adamw
         self._second_moments: dict[str, float] = {}  # to start from, until a parameter's first gradient
+        self._norms: Tensor | None = None  # their sum is not finite from the first norm on that is not
         self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {"adamw": (adamw, settings.lr)}
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
+            muon = BatchedMuon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
             self._parts["muon"] = (muon, settings.muon_lr)
 
     def step(self, progress: float) -> None:
         """Clip the gradient, set the learning rate for ``progress`` (0..1 of the stage), step, and drop the gradients."""
         parameters = [parameter for parameter in self._names if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
-        if not bool(norm.isfinite()):
-            raise UpdateError("the gradient is not finite; lower optimiser.lr or optimiser.muon_lr for this stage")
+        self._norms = norm if self._norms is None else self._norms + norm
+        if norm.device.type == "cpu":
+            self.check()  # before the model moves
         for parameter in parameters:
             mean = self._second_moments.pop(self._names[parameter], 0.0)
             if mean > 0:  # zero tells nothing, and AdamW would divide by it
@@ -54,6 +57,13 @@ class Optimisers:
                 group["lr"] = peak * cosine(progress, warmup=self._settings.warmup, final=self._settings.final_lr)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+    def check(self) -> None:
+        """Raise UpdateError if a gradient was not finite: at every step on a CPU. A GPU would have to be waited for, so there
+        the caller asks once a round, before anything of it is used.
+        """
+        if self._norms is not None and not bool(self._norms.isfinite()):
+            raise UpdateError("the gradient is not finite; lower optimiser.lr or optimiser.muon_lr for this stage")
 
     def start_from(self, second_moments: Mapping[str, float]) -> None:
         """Let AdamW start from the sites' mean of its second moment, one number a parameter (FedAdamW, 2510.27486).
@@ -84,12 +94,12 @@ class Optimisers:
         else:
             moments["exp_avg"] = torch.zeros_like(parameter)
         moments["exp_avg_sq"] = torch.full_like(parameter, mean)
-        moments["step"] = torch.tensor(float(SETTLED))
+        moments["step"] = torch.tensor(float(SETTLED), device=parameter.device)
 
     def state(self) -> OptimiserState:
-        """Moments of every parameter that has taken a step."""
+        """Moments of every parameter that has taken a step, on the CPU."""
         return {
-            f"{kind}/{self._names[parameter]}/{moment}": value
+            f"{kind}/{self._names[parameter]}/{moment}": value.cpu()
             for kind, (optimiser, _) in self._parts.items()
             for parameter, moments in optimiser.state.items()
             for moment, value in moments.items()
@@ -104,7 +114,7 @@ class Optimisers:
             fits = kind in self._parts and name in by_name and (value.ndim == 0 or value.shape == by_name[name].shape)
             if not fits:  # a moment is a number or as large as its parameter
                 raise RunError("the optimiser state kept at this site belongs to another experiment; start the run anew")
-            self._parts[kind][0].state[by_name[name]][moment] = value.clone()
+            self._parts[kind][0].state[by_name[name]][moment] = value.to(by_name[name].device, copy=True)
 
 
 def cosine(progress: float, *, warmup: float, final: float) -> float:
