@@ -1,10 +1,11 @@
 import math
 
 import pytest
+import timm.layers
 import tiny
 import torch
 
-from fedmix.model.layers import MixedBlock, pick, sincos_grid, split_like, to_image, to_patches
+from fedmix.model.layers import Attention, MixedBlock, pick, sincos_grid, split_like, to_image, to_patches
 
 
 def test_patches_are_numbered_row_by_row() -> None:
@@ -50,6 +51,26 @@ def test_positions_equal_sines_and_cosines_written_as_a_loop() -> None:
 
 def test_every_place_has_a_position_of_its_own() -> None:
     assert torch.pdist(sincos_grid(7, 32)).min() > 0.1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_is_timms_with_its_parameters_and_its_gradients(*, autocast: bool, is_masked: bool) -> None:
+    torch.manual_seed(3)
+    ours, theirs = Attention(32, 4), timm.layers.Attention(32, 4, qkv_bias=True)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.fused_attn = False
+    attend_B11T = (torch.arange(7) < torch.tensor([[3], [7]]))[:, None, None] if is_masked else None
+    results = []
+    for attention in (ours, theirs):
+        tokens_BTD = torch.randn(2, 7, 32, generator=tiny.generator(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mixed_BTD = attention(tokens_BTD, attend_B11T)
+        (mixed_BTD.float() * torch.randn(2, 7, 32, generator=tiny.generator(2))).sum().backward()
+        results.append([mixed_BTD.float(), tokens_BTD.grad, attention.qkv.weight.grad])
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
 
 
 def test_block_equals_a_pre_norm_transformer_block_of_torch() -> None:
