@@ -37,6 +37,15 @@ class Term(NamedTuple):
         return self.total / self.weight.clamp_min(torch.finfo(self.total.dtype).tiny)
 
 
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. To a GPU it goes through pinned memory, so that the program need not wait for its arrival."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Study:
     """One examination as the loaders hand it out: grey values [S, S] uint8, token ids [L] int64, or None where absent.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmix import config
+from fedmix.batch import placed
 from fedmix.errors import DataError
 from fedmix.model import pyramid
 from fedmix.model.heads import MatchHead, PatchDecoder, Projection, WordHead, pooled
@@ -100,34 +101,41 @@ class MixedModel(nn.Module):
         self.projection = Projection(sizes.width, sizes.embedding, has_bias=sizes.contrast_form == "sigmoid")
         self.match_head = MatchHead(sizes.width)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.embed_image.project.weight.device
+
     def encode(
         self, *, image_BSS: Tensor | None = None, visible_BK: Tensor | None = None, words_BL: Tensor | None = None
     ) -> Encoded:
         """Run the trunk over what is there: patches, words, or both as one sequence.
 
-        ``visible_BK`` holds the places of the patches to show; None shows all. Images are grey values in 0..1.
+        ``visible_BK`` holds the places of the patches to show; None shows all. Images are grey values in 0..1. What lies
+        elsewhere is sent to the model's device; words should come from the CPU, which is asked which of them are padding.
         """
         tokens: dict[str, Tensor] = {}
+        present_BL = attend_B11T = words_N = None
         if image_BSS is not None:
-            patches_BPC = to_patches(image_BSS, self.patch_size)
             if visible_BK is None:
-                visible_BK = torch.arange(self.num_patches, device=image_BSS.device).expand(len(image_BSS), -1)
+                visible_BK = torch.arange(self.num_patches).expand(len(image_BSS), -1)
+            visible_BK = placed(visible_BK, self.device)
+            patches_BPC = to_patches(placed(image_BSS, self.device), self.patch_size)
             tokens["image"] = self.embed_image(pick(patches_BPC, visible_BK), visible_BK)
-        present_BL = None
         if words_BL is not None:
-            present_BL = words_BL != PAD
-            tokens["text"] = self.embed_text(words_BL)
-        attend_B11T = _attend(tokens, present_BL)
-        words_N = None
-        if self.skips_padding and present_BL is not None and attend_B11T is not None:
-            words_N = present_BL.flatten().nonzero().flatten()
+            tokens["text"] = self.embed_text(placed(words_BL, self.device))
+            is_word_BL = words_BL != PAD
+            present_BL = placed(is_word_BL, self.device)
+            if not bool(is_word_BL.all()):
+                attend_B11T = _attend(tokens, present_BL)
+                words_N = placed(is_word_BL.flatten().nonzero().flatten(), self.device) if self.skips_padding else None
         for block in self.blocks:
             tokens = block(tokens, attend_B11T, words_N)
         return Encoded(each(self.norm, tokens), present_BL)
 
     def decode_patches(self, encoded: Encoded, visible_BK: Tensor) -> Tensor:
         """Predict every patch as [B, P, values] (fedmix/model/pyramid.py says what the values are)."""
-        values_BPV: Tensor = self.patch_decoder(encoded.tokens["image"], visible_BK)
+        values_BPV: Tensor = self.patch_decoder(encoded.tokens["image"], placed(visible_BK, self.device))
         return values_BPV
 
     def embed(self, modality: str, encoded: Encoded) -> Tensor:
@@ -181,9 +189,7 @@ class MixedModel(nn.Module):
         return logits_BLV.float()
 
 
-def _attend(tokens: Mapping[str, Tensor], present_BL: Tensor | None) -> Tensor | None:
-    """True for tokens that may be attended to, [B, 1, 1, T]; None where nothing is padded."""
-    if present_BL is None or bool(present_BL.all()):
-        return None
+def _attend(tokens: Mapping[str, Tensor], present_BL: Tensor) -> Tensor:
+    """True for tokens that may be attended to, [B, 1, 1, T]: all patches, and the words that are no padding."""
     parts = [present_BL if name == "text" else present_BL.new_ones(tokens_BTD.shape[:2]) for name, tokens_BTD in tokens.items()]
     return torch.cat(parts, dim=1)[:, None, None, :]

@@ -1,5 +1,7 @@
 """What pairs teach: which report belongs to which image. Negatives come from the same site's batch, never from elsewhere.
 
+Which pairs are compared may be told on the CPU; it is sent to where the embeddings are.
+
 Shapes: B pairs, E embedding.
 """
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from fedmix.batch import Term
+from fedmix.batch import Term, placed
 
 NOT_COMPARED = -1e4  # a logit that softmax makes exactly zero, and unlike -inf times a target of zero is zero
 
@@ -42,17 +44,18 @@ def contrast_term(
     """
     logits_BB = similarity(image_BE, text_BE) / temperature.float()
     if compared_BB is not None:
-        logits_BB = logits_BB.masked_fill(~compared_BB, NOT_COMPARED)
+        logits_BB = logits_BB.masked_fill(~placed(compared_BB, logits_BB.device), NOT_COMPARED)
     to_text, to_image = logits_BB, logits_BB.T
     if past is not None:
         columns = [similarity(image_BE, past.text_QE), similarity(text_BE, past.image_QE)]
-        columns = [(one / temperature.float()).masked_fill(~past.compared_BQ, NOT_COMPARED) for one in columns]
+        never_BQ = ~placed(past.compared_BQ, logits_BB.device)
+        columns = [(one / temperature.float()).masked_fill(never_BQ, NOT_COMPARED) for one in columns]
         to_text, to_image = (torch.cat([to_text, columns[0]], dim=1), torch.cat([to_image, columns[1]], dim=1))
         target_BB = None if target_BB is None else F.pad(target_BB, (0, len(past.text_QE)))
     target = torch.arange(len(logits_BB), device=logits_BB.device) if target_BB is None else target_BB
     forward = F.cross_entropy(to_text, target, reduction="sum", label_smoothing=label_smoothing)
     backward = F.cross_entropy(to_image, target, reduction="sum", label_smoothing=label_smoothing)
-    return Term(total=0.5 * (forward + backward), weight=forward.new_tensor(float(len(logits_BB))))
+    return Term(total=0.5 * (forward + backward), weight=forward.new_full((), len(logits_BB)))
 
 
 def sigmoid_contrast_term(
@@ -66,8 +69,8 @@ def sigmoid_contrast_term(
     sign_BB = 2.0 * torch.eye(len(logits_BB), device=logits_BB.device) - 1.0
     error_BB = -F.logsigmoid(sign_BB * logits_BB)
     if compared_BB is not None:
-        error_BB = error_BB.masked_fill(~compared_BB, 0.0)
-    return Term(total=error_BB.sum(), weight=error_BB.new_tensor(float(len(logits_BB))))
+        error_BB = error_BB.masked_fill(~placed(compared_BB, error_BB.device), 0.0)
+    return Term(total=error_BB.sum(), weight=error_BB.new_full((), len(logits_BB)))
 
 
 def similarity(left_BE: Tensor, right_BE: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def soft_targets(text_BE: Tensor, *, share: float, temperature: float, compared_
     """
     alike_BB = similarity(text_BE, text_BE) / temperature
     if compared_BB is not None:
-        alike_BB = alike_BB.masked_fill(~compared_BB, NOT_COMPARED)
+        alike_BB = alike_BB.masked_fill(~placed(compared_BB, alike_BB.device), NOT_COMPARED)
     own_BB = torch.eye(len(text_BE), device=text_BE.device)
     return ((1.0 - share) * own_BB + share * alike_BB.softmax(dim=1)).detach()
 
@@ -98,17 +101,18 @@ def hard_negatives(logits_BB: Tensor, generator: Generator, *, compared_BB: Tens
     """For each image the pair [B] whose report it is wrongly given, drawn by softmax of contrast's logits (ALBEF, section 3.2).
 
     Never its own, nor one that is not compared; -1 where that leaves none. The negatives are of the batch, hence of the site.
+    They are told on the CPU, where the reports are: on a GPU this waits for the embeddings.
     """
     never_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
     if compared_BB is not None:
-        never_BB = never_BB | ~compared_BB
+        never_BB = never_BB | ~placed(compared_BB, logits_BB.device)
     chance_BB = torch.rand(logits_BB.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
-    # The largest logit after Gumbel noise is a draw from the softmax, without normalising and without asking the device.
-    drawn_BB = logits_BB.detach().float() - chance_BB.log().neg().log().to(logits_BB.device)
-    return drawn_BB.masked_fill(never_BB, float("-inf")).argmax(dim=1).masked_fill(never_BB.all(dim=1), -1)
+    # The largest logit after Gumbel noise is a draw from the softmax, without normalising.
+    drawn_BB = logits_BB.detach().float() - placed(chance_BB.log().neg().log(), logits_BB.device)
+    return drawn_BB.masked_fill(never_BB, float("-inf")).argmax(dim=1).masked_fill(never_BB.all(dim=1), -1).cpu()
 
 
 def match_term(logit_B: Tensor, belongs_B: Tensor) -> Term:
     """Binary cross-entropy that image and report belong together (ALBEF, section 3.2), weight: sequences."""
-    total = F.binary_cross_entropy_with_logits(logit_B.float(), belongs_B.float(), reduction="sum")
-    return Term(total=total, weight=total.new_tensor(float(len(logit_B))))
+    total = F.binary_cross_entropy_with_logits(logit_B.float(), placed(belongs_B.float(), logit_B.device), reduction="sum")
+    return Term(total=total, weight=total.new_full((), len(logit_B)))

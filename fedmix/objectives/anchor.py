@@ -17,4 +17,4 @@ def anchor_term(now_BD: Tensor, start_BD: Tensor) -> Term:
     After FedDRA (2404.03854), which holds local alignment near the global representation. 0: no drift; 2: turned round.
     """
     cosine_B = F.cosine_similarity(now_BD.float(), start_BD.detach().float(), dim=-1)
-    return Term(total=(1.0 - cosine_B).sum(), weight=cosine_B.new_tensor(float(len(cosine_B))))
+    return Term(total=(1.0 - cosine_B).sum(), weight=cosine_B.new_full((), len(cosine_B)))

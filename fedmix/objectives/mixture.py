@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from fedmix import config
-from fedmix.batch import Batch, Term
+from fedmix.batch import Batch, Term, placed
 from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
 from fedmix.model.layers import to_patches
@@ -226,7 +226,9 @@ class Learner:
         return masked_patch_term(predicted_BPV, patches_BPC, hidden_BP, kind=self.model.vision_target)
 
     def _word_term(self, encoded: Encoded, words_BL: Tensor, hidden_BL: Tensor) -> Term:
-        return masked_word_term(self.model.word_head(encoded.tokens["text"][hidden_BL]), words_BL[hidden_BL])
+        # The CPU, where the batch lies, is asked which words are hidden: a GPU would have to be waited for.
+        places_N = placed(hidden_BL.flatten().nonzero().flatten(), self.model.device)
+        return masked_word_term(self.model.word_head(encoded.tokens["text"].flatten(0, 1)[places_N]), words_BL[hidden_BL])
 
 
 def _frozen(model: MixedModel) -> MixedModel:

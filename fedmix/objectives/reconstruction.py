@@ -1,5 +1,7 @@
 """Masked vision and masked language modelling: errors on what was hidden, never on what was shown.
 
+What is predicted and what is hidden may lie on the CPU; they are sent to where the predictions are.
+
 Shapes: B studies, P patches, V values of a patch or vocabulary, N hidden words.
 """
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmix.batch import Term
+from fedmix.batch import Term, placed
 from fedmix.model import pyramid
 
 
@@ -19,6 +21,7 @@ def masked_patch_term(predicted_BPV: Tensor, patches_BPC: Tensor, hidden_BP: Ten
     For the pyramid each scale's mean counts alike, lambda = 1/1/1, so coarse grey and fine edges both
     matter although the fine scale has sixteen times the values.
     """
+    hidden_BP, patches_BPC = placed(hidden_BP, predicted_BPV.device), placed(patches_BPC, predicted_BPV.device)
     error_BPV = (predicted_BPV.float() - pyramid.split(kind, patches_BPC)).square()
     if kind == "multi_scale":
         sizes = pyramid.level_sizes(round(patches_BPC.shape[-1] ** 0.5))
@@ -30,5 +33,5 @@ def masked_patch_term(predicted_BPV: Tensor, patches_BPC: Tensor, hidden_BP: Ten
 
 def masked_word_term(logits_NV: Tensor, words_N: Tensor) -> Term:
     """Cross-entropy in nats over hidden words (BERT), weight: hidden words. Zero hidden words give zero."""
-    total = F.cross_entropy(logits_NV.float(), words_N, reduction="sum")
-    return Term(total=total, weight=total.new_tensor(float(len(words_N))))
+    total = F.cross_entropy(logits_NV.float(), placed(words_N, logits_NV.device), reduction="sum")
+    return Term(total=total, weight=total.new_full((), len(words_N)))
