@@ -49,12 +49,8 @@ def _measure(experiment: config.Experiment, stage: config.Stage, site: config.Si
         with tempfile.TemporaryDirectory(prefix="fedmix-cost-") as folder:
             marks: list[float] = []
             local.train(
-                Learner(
-                    central.random_model(experiment, tokenizer),
-                    stage.objectives,
-                    WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids))),
-                ),
-                _batches(experiment, stage, site, tokenizer, Path(folder)),
+                learner(experiment, stage, tokenizer),
+                batches(experiment, stage, site, tokenizer, Path(folder)),
                 local.Assignment(site.name, short, 0, experiment.seed),
                 precision=experiment.federation.precision,
                 on_step=lambda step: marks.append(time.process_time()),
@@ -64,7 +60,13 @@ def _measure(experiment: config.Experiment, stage: config.Stage, site: config.Si
     return median(after - before for before, after in zip(marks[NUM_WARM:], marks[NUM_WARM + 1 :], strict=False))
 
 
-def _batches(
+def learner(experiment: config.Experiment, stage: config.Stage, tokenizer: Tokenizer) -> Learner:
+    """The untrained model of an experiment with a stage's objectives."""
+    word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    return Learner(central.random_model(experiment, tokenizer), stage.objectives, word_ids)
+
+
+def batches(
     experiment: config.Experiment, stage: config.Stage, site: config.Site, tokenizer: Tokenizer, folder: Path
 ) -> Sampler:
     """Batches of the stage's size; of a phantom site a few studies, drawn apart from the study's own."""
