@@ -19,7 +19,7 @@ class BatchedMuon(torch.optim.Muon):
     """``torch.optim.Muon`` with its settings and its state, and the same steps to within bfloat16's rounding."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would be for line searches
         """Move every matrix that has a gradient; the others keep their bits, and their momentum if they have one."""
         for group in self.param_groups:
             for matrices in _by_shape(group["params"]):

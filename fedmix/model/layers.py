@@ -34,8 +34,8 @@ class Attention(nn.Module):
 
     def forward(self, tokens_BTD: Tensor, attend_B11T: Tensor | None = None) -> Tensor:
         """Every token looks at all tokens, or at those where ``attend_B11T`` is True."""
-        parts = self.qkv(tokens_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed_BTD: Tensor = self.proj(_look(*parts.unbind(), attend_B11T).transpose(1, 2).flatten(2))
+        query, key, value = self.qkv(tokens_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        mixed_BTD: Tensor = self.proj(_look(query, key, value, attend_B11T).transpose(1, 2).flatten(2))
         return mixed_BTD
 
 
@@ -47,10 +47,11 @@ def _look(query: Tensor, key: Tensor, value: Tensor, attend_B11T: Tensor | None)
     """
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attend_B11T)
-    scores_BHTT = (query * query.shape[-1] ** -0.5) @ key.mT
+    scores_BHTT: Tensor = (query * query.shape[-1] ** -0.5) @ key.mT
     if attend_B11T is not None:
         scores_BHTT = scores_BHTT + torch.zeros_like(attend_B11T, dtype=scores_BHTT.dtype).masked_fill(~attend_B11T, -math.inf)
-    return scores_BHTT.softmax(dim=-1) @ value
+    seen: Tensor = scores_BHTT.softmax(dim=-1) @ value
+    return seen
 
 
 class MixedBlock(nn.Module):

@@ -29,17 +29,21 @@ class PlainStep:
         self._optimiser.step()
         self._optimiser.zero_grad()
 
-    def _loss(self) -> Tensor:
-        model, device = self._model, self._image_BSS.device
-        num_studies, num_patches = len(self._image_BSS), model.num_patches
-        hidden_BP = hide_patches(num_studies, num_patches, self._hide, self._generator).hidden_BP.to(device)
-        places_BP = torch.arange(num_patches, device=device).expand(num_studies, -1)
-        patches_BPC = to_patches(self._image_BSS, model.patch_size)
-        tokens_BTD = model.embed_image(patches_BPC, places_BP)
+    def predict(self, image_BSS: Tensor, hidden_BP: Tensor) -> Tensor:
+        """Every patch [B, P, V] from a full sequence, in which mask tokens stand at the hidden places."""
+        model = self._model
+        places_BP = torch.arange(model.num_patches, device=image_BSS.device).expand(len(image_BSS), -1)
+        tokens_BTD = model.embed_image(to_patches(image_BSS, model.patch_size), places_BP)
         hidden_BPD = self._mask_token_D + model.embed_image.position(places_BP)
         masked_BPD = torch.where(hidden_BP[..., None], hidden_BPD, tokens_BTD[:, 1:])
         tokens = {"image": torch.cat([tokens_BTD[:, :1], masked_BPD], dim=1)}
         for block in model.blocks:
             tokens = block(tokens, None)
-        predicted_BPV = model.patch_decoder(each(model.norm, tokens)["image"], places_BP)
-        return masked_patch_term(predicted_BPV, patches_BPC, hidden_BP, kind=model.vision_target).mean()
+        predicted_BPV: Tensor = model.patch_decoder(each(model.norm, tokens)["image"], places_BP)
+        return predicted_BPV
+
+    def _loss(self) -> Tensor:
+        model, image_BSS = self._model, self._image_BSS
+        hidden_BP = hide_patches(len(image_BSS), model.num_patches, self._hide, self._generator).hidden_BP.to(image_BSS.device)
+        patches_BPC = to_patches(image_BSS, model.patch_size)
+        return masked_patch_term(self.predict(image_BSS, hidden_BP), patches_BPC, hidden_BP, kind=model.vision_target).mean()

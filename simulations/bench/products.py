@@ -49,7 +49,7 @@ class _Recorder(TorchDispatchMode):
     """Keeps every call of an operator that torch's own FLOP counter knows, and of softmax."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Callable[..., object], Sequence[Any], Mapping[str, Any]]] = []
         self.flops = 0
 
