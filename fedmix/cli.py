@@ -114,7 +114,7 @@ def simulate(
         forkserver.start()  # the workers' imports run beside ours
     with _importing():
         from fedmix.report.summary import read_report
-        from fedmix.report.terminal import LiveView, final_table
+        from fedmix.report.terminal import LiveView, final_table, remarks
         from simulations.run import simulate as run
         from simulations.study import run_study
 
@@ -130,7 +130,7 @@ def simulate(
     with LiveView(out_console) as live:
         page = run(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
     report = read_report(folder)
-    out_console.print(final_table(report))
+    out_console.print(final_table(report), *remarks(report), sep="\n")
     ratio = report.timing.overhead_ratio
     out_console.print(f"overhead_ratio {ratio:.3f}" if ratio is not None else "")
     out_console.print(Text(f"report: {page}"), soft_wrap=True)
@@ -282,6 +282,9 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="model folder, such as runs/demo/model")],
     data: Annotated[list[Path], typer.Option(help="prepared shard; give it again for more")],
     out: Annotated[Path, typer.Option(help="where evaluation.json goes")] = Path("evaluation"),
+    rerank_top: Annotated[
+        int, typer.Option(min=0, help="candidates of each retrieval query that the match head orders anew; 0 is none")
+    ] = 0,
 ) -> None:
     """Evaluate a model on the test split of prepared shards; their training split trains the probes.
 
@@ -304,6 +307,7 @@ def evaluate(
             loaded,
             studies,
             tokenizer=tokenizer,
+            settings=suite.EvaluationSettings(rerank_top=rerank_top, trained_on=sizes.trained_on),
             on_progress=lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
         )
     found = result.as_report()
@@ -312,6 +316,8 @@ def evaluate(
     for place, value in _headline(found):
         table.add_row(place, f"{value:.3f}")
     out_console.print(table)
+    for place, why in found["skipped"].items():
+        out_console.print(Text(f"left out: {place}: {why}"), soft_wrap=True)
     out_console.print(Text(f"wrote {out / 'evaluation.json'}"), soft_wrap=True)
 
 

@@ -160,6 +160,8 @@ def settings_of(experiment: config.Experiment) -> suite.EvaluationSettings:
         num_bootstrap=wanted.num_bootstrap,
         max_images_regeneration=wanted.regeneration_images,
         seed=experiment.seed,
+        rerank_top=wanted.rerank_top,
+        trained_on=experiment.trained_on,
     )
 
 

@@ -23,7 +23,12 @@ def save_model(folder: Path, experiment: config.Experiment, parameters: Paramete
     folder.mkdir(parents=True, exist_ok=True)
     save_file(parameters, folder / "model.safetensors")
     model = experiment.model.model_copy(update={"warm_start": None})  # paths of the server's, of no use to who reads this
-    sizes = Sizes(image_size=experiment.data.image_size, max_words=experiment.data.max_words, model=model)
+    sizes = Sizes(
+        image_size=experiment.data.image_size,
+        max_words=experiment.data.max_words,
+        model=model,
+        trained_on=experiment.trained_on,
+    )
     (folder / "config.json").write_text(sizes.as_json())
     (folder / "tokenizer.json").write_bytes(definition)
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -138,7 +138,9 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
     return committed.parameters
 
 
-def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Ready, folder: Path, what: str) -> dict[str, Any]:
+def _evaluate(
+    experiment: config.Experiment, parameters: Parameters, ready: Ready, folder: Path, what: str, *, was_trained: bool = True
+) -> dict[str, Any]:
     """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it."""
     kept = _kept_evaluation(experiment, folder)
     if kept is not None:
@@ -146,7 +148,9 @@ def _evaluate(experiment: config.Experiment, parameters: Parameters, ready: Read
     ready.view.say(f"evaluating {what}")
     started = time.time()
     model = central.set_parameters(central.random_model(experiment, ready.tokenizer), parameters)
-    evaluation = suite.evaluate(model, ready.held_out, tokenizer=ready.tokenizer, settings=central.settings_of(experiment))
+    settings = central.settings_of(experiment)
+    settings = settings if was_trained else replace(settings, trained_on=())
+    evaluation = suite.evaluate(model, ready.held_out, tokenizer=ready.tokenizer, settings=settings)
     source = _source(experiment)
     if source is not None:
         central.write_examples(folder / "evaluation", evaluation.examples, ready.held_out, ready.tokenizer, source)
@@ -184,7 +188,7 @@ def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Rea
     if name == baselines.RANDOM_INIT:
         other = config.variant(experiment, name)
         parameters = central.parameters_of(central.random_model(other, ready.tokenizer))
-        return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model")}
+        return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model", was_trained=False)}
     if name in baselines.SPECIAL:
         other = config.variant(experiment, name)
         return {name: _kept_evaluation(other, folder / name) or _pooled(other, name, folder / name, ready)}

@@ -400,7 +400,7 @@ DECIDES_NOT = {
     "federation.min_sites_of_stream": "{paired: 1}",
     "study": "{seeds: [1, 2]}",
     "federation.max_failed_rounds": 1,
-    "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5}",
+    "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5, rerank_top: 20}",
     "baselines": "{random_init: {}}",
 }
 
@@ -515,6 +515,25 @@ def test_sites_of_a_stage_are_those_of_its_streams_and_names() -> None:
         ["north"],
         ["west"],
     ]
+
+
+# ---- what a run trains
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ((), ("mvm", "mlm", "contrast")),
+        (("stages.paired.objectives={contrast: 1, match: 0.1, joint_share: 0.5}",), ("mvm", "mlm", "contrast", "match")),
+        (("stages.paired.objectives={match: 0.1, joint_share: 0.5}", "stages.paired.streams=[image]"), ("mvm", "mlm")),
+        (("stages.unpaired.streams=[image]", "stages.paired.streams=[image]"), ("mvm",)),
+    ],
+)
+def test_objectives_count_as_trained_where_a_site_of_their_stream_takes_part(
+    overrides: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    """An objective of pairs in a stage without a paired site trains nothing, whatever its weight."""
+    assert parse(*overrides).trained_on == names
 
 
 # ---- schema

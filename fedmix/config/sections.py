@@ -373,6 +373,12 @@ class Evaluation(Section):
     mask_ratio: OpenFraction = 0.75
     num_bootstrap: int = Field(default=200, ge=20)
     regeneration_images: Count = 500
+    rerank_top: int = Field(
+        default=0,
+        ge=0,
+        description="candidates of each retrieval query that the match head puts in order anew, beside the plain numbers; 0 is "
+        "none, 20 is a start",
+    )
 
 
 class Study(Section):
@@ -431,6 +437,16 @@ class Experiment(Section):
                 return stage, round_number - before - 1
             before += stage.rounds
         raise ConfigError(f"round {round_number} is past the last stage; the stages have {self.num_rounds} rounds")
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The objectives that some site of some stage trains, by name."""
+        reach = {"mvm": {"image", "paired"}, "mlm": {"text", "paired"}, "contrast": {"paired"}, "match": {"paired"}}
+        found = set()
+        for stage in self.stages:
+            streams = {site.stream for site in sites_of(stage, self.data.sites)}
+            found |= {name for name, reached in reach.items() if getattr(stage.objectives, name) and streams & reached}
+        return tuple(name for name in reach if name in found)
 
     def to_yaml(self) -> str:
         """The resolved experiment, every default written out."""

@@ -60,6 +60,9 @@ class Encoder(Protocol):
     def word_logits(self, words_BL: Tensor, image_BSS: Tensor | None = None) -> Tensor:
         """Scores [B, L, V] of each word of the vocabulary at each place."""
 
+    def match_logits(self, image_BSS: Tensor, words_BL: Tensor) -> Tensor:
+        """Logits [B] that image and report of each row belong together."""
+
 
 class Vocabulary(Protocol):
     """The part of a tokenizer that evaluation uses."""
@@ -207,13 +210,15 @@ class EvaluationSettings:
     num_examples: int = 4  # studies shown in the report's pictures
     batch_size: int = 256
     seed: int = 0
+    rerank_top: int = 0  # candidates of a query that the match head puts in order anew; 0 leaves re-ranking out
+    trained_on: tuple[str, ...] | None = None  # no choice but a fact: the model's objectives, None if they are not known
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         for name in ("mask_ratio", "text_mask_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"evaluation {name} is {getattr(self, name)}, expected more than 0 and less than 1")
-        may_be_zero = ("num_bootstrap", "num_examples", "seed")
+        may_be_zero = ("num_bootstrap", "num_examples", "seed", "rerank_top")
         for name, value in vars(self).items():
             least = 0 if name in may_be_zero else 1
             if isinstance(value, int) and value < least:

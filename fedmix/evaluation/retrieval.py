@@ -93,12 +93,13 @@ def label_sets(labels: NDArray[np.int8]) -> NDArray[np.int64]:
 
 def retrieve(galleries: list[Gallery], *, num_bootstrap: int = 200, seed: int = 0) -> Report:
     """Both directions over galleries of equal size: {"image_to_text": {...}, "text_to_image": {...}}."""
-    image_to_text = [_cosine(gallery.image, gallery.text) for gallery in galleries]
+    image_to_text = [cosines(gallery.image, gallery.text) for gallery in galleries]
     directions = {"image_to_text": image_to_text, "text_to_image": [scores.T for scores in image_to_text]}
     return {name: _direction(scores, galleries, num_bootstrap, seed) for name, scores in directions.items()}
 
 
-def _cosine(queries: NDArray[np.floating], candidates: NDArray[np.floating]) -> NDArray[np.float64]:
+def cosines(queries: NDArray[np.floating], candidates: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Similarity [G, G] of each query with each candidate, from unit-norm embeddings [G, E]."""
     # In float64: the order of summation differs between equal columns of a matrix product, and ties must stay ties.
     return queries.astype(np.float64) @ candidates.astype(np.float64).T
 
@@ -113,12 +114,13 @@ def _direction(scores: list[NDArray[np.float64]], galleries: list[Gallery], num_
     report |= metrics.interval(metrics.resampled_mean(hits[10], weights), "r@10_ci95")
     report |= {"gallery": size, "num_galleries": len(scores), "num_queries": len(patient)}
     chance: Report = {f"r@{depth}": min(1.0, depth / size) for depth in DEPTHS}
-    precision, precision_by_chance = _label_precision(scores, galleries)
+    precision, precision_by_chance = label_precision(scores, galleries)
     report |= precision
     return report | {"chance": chance | precision_by_chance}
 
 
-def _label_precision(scores: list[NDArray[np.float64]], galleries: list[Gallery]) -> tuple[Report, Report]:
+def label_precision(scores: list[NDArray[np.float64]], galleries: list[Gallery]) -> tuple[Report, Report]:
+    """The report's entries of label precision at the largest depth: as found, and by chance."""
     name = f"label_precision@{max(DEPTHS)}"
     found, by_chance = [], []
     for part, gallery in zip(scores, galleries, strict=True):
@@ -138,21 +140,26 @@ def mean_recall_at_10(context: EvaluationContext) -> float:
     return float(np.mean([report[direction]["r@10"] for direction in ("image_to_text", "text_to_image")]))
 
 
-def evaluate_retrieval(context: EvaluationContext) -> Findings:
-    """Retrieval among the paired test studies."""
+def galleries_of(context: EvaluationContext) -> tuple[list[Gallery], list[NDArray[np.int64]]]:
+    """Galleries of the paired test studies, and the studies that each of them holds."""
     held_out, settings = context.held_out, context.settings
     studies = context.test_studies(image=True, text=True)
-    words = held_out.words_of(studies)
     image = context.image_embeddings(studies)
-    text = encode_texts(context.encoder, words, batch_size=settings.batch_size)
+    text = encode_texts(context.encoder, held_out.words_of(studies), batch_size=settings.batch_size)
     sets = None if held_out.labels is None else label_sets(held_out.labels_of(studies))
     parts = split_galleries(len(studies), settings.gallery, settings.seed)
     patient = held_out.patient[studies]
     galleries = [Gallery(image[rows], text[rows], patient[rows], None if sets is None else sets[rows]) for rows in parts]
+    return galleries, [studies[rows] for rows in parts]
+
+
+def evaluate_retrieval(context: EvaluationContext) -> Findings:
+    """Retrieval among the paired test studies."""
+    settings = context.settings
+    galleries, members = galleries_of(context)
     report = retrieve(galleries, num_bootstrap=settings.num_bootstrap, seed=settings.seed)
-    report["num_unique_texts"] = len({words[row].tobytes() for rows in parts for row in rows})
-    first = parts[0]
-    examples = _examples(context, studies[first], _cosine(image[first], text[first]))
+    report["num_unique_texts"] = len({ids.tobytes() for ids in context.held_out.words_of(np.concatenate(members))})
+    examples = _examples(context, members[0], cosines(galleries[0].image, galleries[0].text))
     return Findings(report, examples=examples)
 
 

@@ -188,6 +188,12 @@ class MixedModel(nn.Module):
         logits_BLV: Tensor = self.word_head(tokens_BLD)
         return logits_BLV.float()
 
+    def match_logits(self, image_BSS: Tensor, words_BL: Tensor) -> Tensor:
+        """Logits [B] that image and report of each row belong together, read as one sequence."""
+        tokens = self.encode(image_BSS=image_BSS, words_BL=words_BL).tokens
+        logit_B: Tensor = self.match_head(tokens["image"][:, 0], tokens["text"][:, 0])
+        return logit_B.float()
+
 
 def _attend(tokens: Mapping[str, Tensor], present_BL: Tensor) -> Tensor:
     """True for tokens that may be attended to, [B, 1, 1, T]: all patches, and the words that are no padding."""

@@ -25,7 +25,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class Sizes(BaseModel):
-    """config.json of a model folder; the keys that may be None are written by ``fedmix export`` alone."""
+    """config.json of a model folder; the keys below ``trained_on`` are written by ``fedmix export`` alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
@@ -33,6 +33,7 @@ class Sizes(BaseModel):
     image_size: int
     max_words: int
     model: config.Model
+    trained_on: tuple[str, ...] | None = None  # objectives by name; None is not known, and older folders do not say
     model_type: str | None = None
     architectures: tuple[str, ...] | None = None
     fedmix_version: str | None = None

@@ -75,6 +75,7 @@ class Page:
     losses: Section
     central: Section
     findings: Section
+    reranking: tuple[str, ...]
     examples: Examples | None
     examples_absence: str
     absences: Mapping[str, int]
@@ -152,6 +153,7 @@ def read_page(run_dir: Path) -> Page:
         losses=_losses(history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})),
         central=_central(history),
         findings=_findings(report),
+        reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
         examples=examples,
         examples_absence=examples_absence,
         absences=history.absences(),

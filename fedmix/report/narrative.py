@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from fedmix.report import measures, quantities
 from fedmix.report.history import History
 from fedmix.report.measures import MEASURES, Measure
-from fedmix.report.summary import Evaluation, Regeneration, Report
+from fedmix.report.summary import Evaluation, Regeneration, Report, Reranked
 
 HOLDINGS = {"image": "with images only", "text": "with reports only", "paired": "with both"}
 EXPECTED_BASELINES = ("best_site", "fedavg_all", "paired_only", "centralised")  # the least that a claim has to stand beside
@@ -27,6 +27,35 @@ def what_happened(report: Report, history: History) -> list[str]:
         *_standing(report),
         *_traffic(report),
     ]
+
+
+def reranking(evaluation: Evaluation) -> list[str]:
+    """What the match head does to the order of the first candidates, or why it was not asked; nothing if not wanted."""
+    if "retrieval/reranked" in evaluation.skipped:
+        return [f"Not re-ranked: {evaluation.skipped['retrieval/reranked']}."]
+    retrieval = evaluation.retrieval
+    found = retrieval and retrieval.reranked
+    if not retrieval or not found:
+        return []
+    both = (
+        ("images", retrieval.image_to_text, found.image_to_text),
+        ("reports", retrieval.text_to_image, found.text_to_image),
+    )
+    sentences = [
+        f"With the first {found.top} in the match head's order, R@1 of {queries} is {quantities.percent(now.recall_1)} and was "
+        f"{quantities.percent(then.recall_1)} by similarity alone{_points(now)}."
+        for queries, then, now in both
+        if then and now
+    ]
+    return [*sentences, f"Note: {found.note}."] if found.note else sentences
+
+
+def _points(found: Reranked) -> str:
+    """The gain at the first place in percentage points, with its interval."""
+    if found.gain_1 is None:
+        return ""
+    interval = found.gain_1_ci95 and (100 * found.gain_1_ci95[0], 100 * found.gain_1_ci95[1])
+    return f": {_signed(100 * found.gain_1, interval or None)} points"
 
 
 def limits(report: Report, source: str | None) -> list[str]:

@@ -103,11 +103,31 @@ class Ranking(Block):
     chance: dict[str, Fraction | None] = {}
 
 
+class Reranked(Block):
+    """One direction with the first candidates in the match head's order, and what that gains at the first place."""
+
+    recall_1: Fraction | None = Field(default=None, alias="r@1")
+    recall_5: Fraction | None = Field(default=None, alias="r@5")
+    recall_10: Fraction | None = Field(default=None, alias="r@10")
+    gain_1: float | None = Field(default=None, alias="gain_r@1")
+    gain_1_ci95: Interval | None = Field(default=None, alias="gain_r@1_ci95")
+
+
+class Reranking(Block):
+    """Retrieval both ways once more: the first ``top`` candidates of each query in the match head's order."""
+
+    image_to_text: Reranked | None = None
+    text_to_image: Reranked | None = None
+    top: Count | None = None
+    note: str | None = None
+
+
 class Retrieval(Open):
     """Retrieval both ways."""
 
     image_to_text: Ranking | None = None
     text_to_image: Ranking | None = None
+    reranked: Reranking | None = None
 
 
 class Fidelity(Block):

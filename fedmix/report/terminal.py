@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmix.report import measures, quantities
+from fedmix.report import measures, narrative, quantities
 from fedmix.report.history import EXAMPLES, Entry, is_loss, parse_entry
 from fedmix.report.measures import Cell, Grid
 from fedmix.report.summary import Report
@@ -211,6 +211,11 @@ def view(progress: Progress, width: int) -> RenderableType:
 def final_table(report: Report) -> Table:
     """The headline results for the end of a run; its values fit in 60 columns, intervals are in the report."""
     return grid_table(measures.headline(report), "method")
+
+
+def remarks(report: Report) -> list[Text]:
+    """What the table has no column for, a sentence each."""
+    return [Text(printable(sentence), style="dim") for sentence in narrative.reranking(report.evaluation)]
 
 
 def grid_table(grid: Grid, first_column: str) -> Table:

@@ -80,6 +80,10 @@ class OracleEncoder(nn.Module):
                 logits_BLV[torch.arange(len(words_BL)), k + 1, answer_B] = 50.0
         return logits_BLV
 
+    def match_logits(self, image_BSS: Tensor, words_BL: Tensor) -> Tensor:
+        agrees_B = (self.code_of_image(image_BSS) == self.code_of_text(words_BL)).all(dim=1)
+        return self.scale * (20.0 * agrees_B.float() - 10.0)
+
 
 class ConstantEncoder(OracleEncoder):
     """Says the same of everything."""

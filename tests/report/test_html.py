@@ -94,6 +94,13 @@ def test_report_holds_the_headline_numbers_of_every_method(run_dir: Path) -> Non
         assert value in text, "guesses without a model"
 
 
+def test_report_tells_what_re_ranking_did(make_run: Callable[..., Path]) -> None:
+    values = report_values()
+    now = {"r@1": 0.251, "gain_r@1": 0.16, "gain_r@1_ci95": [0.12, 0.2]}
+    values["evaluation"]["retrieval"]["reranked"] = {"image_to_text": now, "text_to_image": now, "top": 20}
+    assert "With the first 20 in the match head's order, R@1 of images is 25.1 %" in words(write_report(make_run(**values)))
+
+
 def test_every_finding_has_a_bar_with_its_value(run_dir: Path) -> None:
     text = words(write_report(run_dir))
     values = read_report(run_dir).evaluation.model_dump()

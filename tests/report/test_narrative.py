@@ -64,3 +64,29 @@ def test_limits_say_what_the_number_of_sites_lets_aggregation_promise() -> None:
         report(aggregation=facts), None
     )
     assert not any("wrong site" in sentence for sentence in narrative.limits(report(), None))
+
+
+def reranked(**changes: Any) -> dict[str, Any]:
+    """The synthetic evaluation with a re-ranking beside it."""
+    found = evaluation(0.97, 1)
+    now = {"r@1": 0.25, "r@5": 0.4, "r@10": 0.45, "gain_r@1": 0.16, "gain_r@1_ci95": [0.12, 0.2]}
+    found["retrieval"] |= {"reranked": {"image_to_text": now, "text_to_image": now, "top": 20} | changes}
+    return found
+
+
+def test_re_ranking_is_told_beside_similarity_alone() -> None:
+    images, reports = narrative.reranking(report(evaluation=reranked()).evaluation)
+    assert images.startswith("With the first 20 in the match head's order, R@1 of images is 25.0 % and was 8.8 % by similarity")
+    assert images.endswith("alone: +16.00 (+12.00 to +20.00) points.")
+    assert "R@1 of reports is 25.0 %" in reports
+    noted = narrative.reranking(report(evaluation=reranked(note="nobody knows")).evaluation)
+    assert noted[-1] == "Note: nobody knows."
+
+
+def test_re_ranking_that_was_not_done_is_silent_unless_it_was_asked_for() -> None:
+    assert narrative.reranking(report().evaluation) == []
+    asked = evaluation(0.97, 1)
+    asked["skipped"] = {"retrieval/reranked": "the model was never trained on matching"}
+    assert narrative.reranking(report(evaluation=asked).evaluation) == [
+        "Not re-ranked: the model was never trained on matching."
+    ]

@@ -8,7 +8,7 @@ from rich.console import Console
 from synthetic_run import SITES, evaluation, metrics_rows, report_values, row
 
 from fedmix.report.summary import Report, build_report, parse_report
-from fedmix.report.terminal import LiveView, final_table, view, wants_plain
+from fedmix.report.terminal import LiveView, final_table, remarks, view, wants_plain
 
 HOSTILE = "[red]x[/red]\x1b[31m\n"
 
@@ -163,3 +163,13 @@ def test_final_table_shows_names_as_they_are() -> None:
     console = terminal(80)
     console.print(final_table(report(**values)))
     assert "[bold]sly" in shown(console)
+
+
+def test_remarks_tell_what_the_table_has_no_column_for() -> None:
+    values = report_values()
+    now = {"r@1": 0.251}
+    values["evaluation"]["retrieval"]["reranked"] = {"image_to_text": now, "text_to_image": now, "top": 20}
+    found = [str(line) for line in remarks(parse_report(build_report(**values)))]
+    assert len(found) == 2
+    assert "R@1 of images is 25.1 % and was" in found[0]
+    assert remarks(report()) == []

@@ -30,6 +30,7 @@ def test_a_model_comes_back_to_the_bit_with_its_sizes_and_vocabulary(folder: Pat
     assert digest(central.parameters_of(model)) == digest(world.initial())
     assert (sizes.image_size, sizes.max_words) == (48, 24)
     assert sizes.model == world.experiment.model
+    assert sizes.trained_on == ("mvm", "mlm", "contrast")
     assert tokenizer.fingerprint == world.tokenizer.fingerprint
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 
