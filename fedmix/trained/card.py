@@ -61,7 +61,7 @@ model = fedmix.load("path of this folder")
 model.probabilities([Image.open("image.png")], ["large effusion on the right.", "no effusion."])
 ```
 
-Also `encode_image`, `encode_text`, `similarity`, `regenerate` and `fill_words`. `tokenizer.json` can be read by
+Also `encode_image`, `encode_text`, `similarity`, `match`, `regenerate` and `fill_words`. `tokenizer.json` can be read by
 `transformers.PreTrainedTokenizerFast` too; the model itself is read by fedmix alone.
 """
 

@@ -21,7 +21,7 @@ from fedmix.data.images import ImageOptions, Picture, prepare_image
 from fedmix.data.reports import clean, has_words
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError, RunError
-from fedmix.evaluation import features, regeneration
+from fedmix.evaluation import features, regeneration, reranking
 from fedmix.model.encoder import MixedModel
 from fedmix.model.folder import load_model
 from fedmix.objectives.masking import hide_patches
@@ -48,9 +48,18 @@ class Candidate(NamedTuple):
 class FedmixModel:
     """A trained model in evaluation mode; every call is without gradients and leaves it as it was."""
 
-    def __init__(self, network: MixedModel, tokenizer: Tokenizer, *, max_words: int, preparation: ImageOptions) -> None:
+    def __init__(
+        self,
+        network: MixedModel,
+        tokenizer: Tokenizer,
+        *,
+        max_words: int,
+        preparation: ImageOptions,
+        trained_on: tuple[str, ...] | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.tokenizer, self.max_words, self.preparation = tokenizer, max_words, preparation
+        self.trained_on = trained_on  # objectives by name; None: the folder does not say
 
     def encode_image(self, images: Sequence[Picture] | NDArray[Any]) -> NDArray[np.float32]:
         """Unit-norm embeddings [N, E] of Pillow images, PNG or JPEG bytes, or arrays [N, H, W] (fedmix/data/images.py)."""
@@ -74,6 +83,25 @@ class FedmixModel:
         """
         temperature = float(self.network.projection.temperature())
         shares: NDArray[np.float32] = torch.from_numpy(self.similarity(images, texts) / temperature).softmax(dim=1).numpy()
+        return shares
+
+    def match(self, images: Sequence[Picture] | NDArray[Any], texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probability [N, M] that each text is the report of each image, by the match head, which reads both together.
+
+        One pass of the model for each two: to search among many, take the first by ``similarity`` and order those by this.
+        DataError for a model that was never trained on matching.
+        """
+        if self.trained_on is not None and "match" not in self.trained_on:
+            raise DataError(f"{reranking.NEVER_TRAINED}; similarity compares images and texts without it")
+        squares = [self._prepared(batch, first) for first, batch in _batches(images, "images")]
+        words = [ids for first, batch in _batches(texts, "texts") for ids in self._words(batch, first)]
+        if not squares or not words:
+            return np.empty((sum(map(len, squares)), len(words)), np.float32)
+        logits = [
+            reranking.match_logits(self.network, batch, words, np.ones((len(batch), len(words)), bool), batch_size=BATCH_SIZE)
+            for batch in squares
+        ]
+        shares: NDArray[np.float32] = torch.from_numpy(np.concatenate(logits)).sigmoid().float().numpy()
         return shares
 
     def regenerate(
@@ -189,7 +217,7 @@ def load_trained(folder: Path, *, device: str = "cpu") -> FedmixModel:
         network.to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
         raise RunError(f'the model cannot be put on device {device!r} ({type(error).__name__}); "cpu" always works') from None
-    return FedmixModel(network, tokenizer, max_words=sizes.max_words, preparation=preparation)
+    return FedmixModel(network, tokenizer, max_words=sizes.max_words, preparation=preparation, trained_on=sizes.trained_on)
 
 
 def _batches(items: Any, what: str) -> Iterator[tuple[int, Sequence[Any]]]:

@@ -173,6 +173,44 @@ def test_no_call_trains_or_draws_from_the_callers_chance(model: FedmixModel, pha
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
 
 
+# ---- matching
+
+
+@pytest.fixture
+def matcher(exported: Path, tmp_path: Path) -> FedmixModel:
+    """The same weights, of a folder that says they were trained on matching."""
+    folder = shutil.copytree(exported, tmp_path / "matcher")
+    edit(folder / "config.json", trained_on=["contrast", "match"])
+    return fedmix.load(folder)
+
+
+def test_a_match_is_the_heads_probability_of_each_image_with_each_text(
+    matcher: FedmixModel, phantoms: Phantoms, monkeypatch: Any
+) -> None:
+    found = matcher.match(phantoms.images[:5], TEXTS)
+    assert (found.shape, found.dtype) == ((5, 4), np.float32)
+    for column, ids in enumerate(words_of(matcher, TEXTS)):
+        for row in range(5):
+            with torch.no_grad():
+                image = torch.from_numpy(phantoms.images[row : row + 1] / np.float32(255))
+                tokens = matcher.network.encode(image_BSS=image, words_BL=torch.from_numpy(ids)[None]).tokens
+                logit = matcher.network.match_head(tokens["image"][:, 0], tokens["text"][:, 0])
+            assert found[row, column] == pytest.approx(logit.sigmoid().item(), abs=1e-5)
+    assert np.ptp(found) > 1e-3
+    monkeypatch.setattr(trained, "BATCH_SIZE", 2)
+    np.testing.assert_allclose(matcher.match(phantoms.images[:5], TEXTS), found, atol=1e-5)
+    assert matcher.match([], TEXTS).shape == (0, 4)
+    assert matcher.match(phantoms.images[:3], []).shape == (3, 0)
+
+
+def test_a_folder_that_does_not_say_what_was_trained_may_be_asked(exported: Path, phantoms: Phantoms, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "older")
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("trained_on") == ["mvm", "mlm", "contrast"]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert fedmix.load(folder).match(phantoms.images[:1], TEXTS).shape == (1, 4)
+
+
 # ---- pictures and texts are prepared as shards are
 
 
@@ -233,6 +271,9 @@ def test_a_text_is_cleaned_and_cut_as_reports_are(model: FedmixModel) -> None:
             lambda model, ok: model.regenerate(ok, np.zeros(9, bool)),
             r"hidden is bool \(9,\), expected bool \(16,\) or \(4, 4\)",
         ),
+        (lambda model, ok: model.regenerate(ok, [3, 16]), "hidden names patches from 3 to 16; they count from 0 to 15"),
+        (lambda model, ok: model.regenerate(ok, [-1, 3]), "hidden names patches from -1 to 3"),
+        (lambda model, ok: model.match([ok], TEXTS), "never trained on matching"),
         (lambda model, ok: model.regenerate(ok, np.zeros(16)), r"hidden is float64 \(16,\)"),
     ],
 )
