@@ -98,19 +98,25 @@ class MaskedImages:
 def regenerate(
     encoder: Encoder, masked: MaskedImages, words: Sequence[NDArray[np.int64]] | None = None, *, batch_size: int = 256
 ) -> Images:
-    """The composed pictures: truth where visible, the encoder's clamped prediction where hidden."""
+    """The composed pictures: truth where visible, the encoder's clamped prediction where hidden. Any masks will do."""
     device = device_of(encoder)
-    parts = []
+    predicted = np.empty(masked.images.shape, np.float32)
     with evaluating(encoder):
-        for start in range(0, len(masked), batch_size):
-            rows = slice(start, start + batch_size)
+        for rows in _alike(masked.hidden_NP, batch_size):
             hidden_BP = torch.from_numpy(masked.hidden_NP[rows]).to(device)
-            words_BL = None if words is None else padded(words[rows], device)
-            parts.append(encoder.regenerate(pixels(masked.images[rows], device), hidden_BP, words_BL).float().cpu())
-    predicted = torch.cat(parts).numpy()
+            words_BL = None if words is None else padded([words[row] for row in rows], device)
+            drawn = encoder.regenerate(pixels(masked.images[rows], device), hidden_BP, words_BL)
+            predicted[rows] = drawn.float().cpu().numpy()
     if not np.isfinite(predicted).all():
         raise NotEvaluableError("the regenerated images are not finite; training has probably diverged")
     return compose(masked.truth, predicted, masked.hidden)
+
+
+def _alike(hidden_NP: NDArray[np.bool_], batch_size: int) -> list[NDArray[np.int64]]:
+    """Rows in batches that hide equally many patches each: visible patches only enter a model as one array."""
+    num_hidden = hidden_NP.sum(axis=1)
+    groups = [np.flatnonzero(num_hidden == number) for number in np.unique(num_hidden)]
+    return [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
 
 
 def compose(truth: Images, predicted: NDArray[np.floating], hidden: NDArray[np.bool_]) -> Images:

@@ -115,8 +115,9 @@ class FedmixModel:
     ) -> Redrawn:
         """Draw the hidden patches from the others and, if given, the report.
 
-        Either ``hidden`` says which (bool [P], numbered row by row, or a grid of P), or a share ``mask_ratio`` is hidden at
-        random; without a ``generator`` it is the same share every time.
+        Either ``hidden`` says which, or a share ``mask_ratio`` is hidden at random; without a ``generator`` it is the same
+        share every time. ``hidden`` may be the numbers of patches, counted row by row from 0; bool [P] or a grid of P; or bool
+        [S, S] over the pixels of the square picture that the model sees: a patch of which any pixel is hidden is hidden.
         """
         if (hidden is None) == (mask_ratio is None):
             raise DataError("regenerate takes either hidden or mask_ratio; give one of them")
@@ -196,11 +197,28 @@ class FedmixModel:
         return drawn
 
     def _hidden(self, hidden: Any) -> NDArray[np.bool_]:
-        values, num_patches = np.asarray(hidden), self.network.num_patches
+        """Which patches a caller's mask hides, bool [P]."""
+        values, num_patches, size = np.asarray(hidden), self.network.num_patches, self.network.image_size
         side = round(num_patches**0.5)
+        if values.ndim == 1 and np.issubdtype(values.dtype, np.integer):
+            return self._numbered(values)
+        if values.dtype == np.bool_ and values.shape == (size, size):
+            step = self.network.patch_size
+            return np.asarray(values.reshape(side, step, side, step).any(axis=(1, 3)).reshape(-1))
         if values.dtype != np.bool_ or values.shape not in ((num_patches,), (side, side)):
-            raise DataError(f"hidden is {values.dtype} {values.shape}, expected bool ({num_patches},) or ({side}, {side})")
+            shapes = f"({num_patches},), ({side}, {side}) or ({size}, {size})"
+            raise DataError(f"hidden is {values.dtype} {values.shape}, expected bool {shapes}, or numbers of patches")
         return values.reshape(-1)
+
+    def _numbered(self, numbers: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        num_patches = self.network.num_patches
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < num_patches):
+            raise DataError(
+                f"hidden names patches from {numbers.min()} to {numbers.max()}; they count from 0 to {num_patches - 1}"
+            )
+        hidden = np.zeros(num_patches, bool)
+        hidden[numbers] = True
+        return hidden
 
 
 def load_trained(folder: Path, *, device: str = "cpu") -> FedmixModel:

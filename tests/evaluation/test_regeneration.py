@@ -195,3 +195,22 @@ def test_the_batch_size_changes_nothing():
 
 def test_the_learning_curve_number_is_the_reports():
     assert mean_psnr_db(context(ConstantEncoder())) == evaluate_regeneration(context(ConstantEncoder())).values["psnr_db"]
+
+
+def test_masks_of_any_number_of_patches_are_drawn_together_as_alone():
+    """Rows that hide 0, 3, 8, 3 and 9 patches, with reports of their own: the oracle asserts that a batch hides alike."""
+
+    class Marked(OracleEncoder):
+        def regenerate(self, image_BSS: Tensor, hidden_BP: Tensor, words_BL: Tensor | None = None) -> Tensor:
+            super().regenerate(image_BSS, hidden_BP)
+            return image_BSS * 0.5 + hidden_BP.float().mean(dim=1)[:, None, None] / 4 + words_BL.sum(dim=1)[:, None, None] / 400
+
+    masked = masked_images(5)
+    words = [np.arange(2, 4 + row) for row in range(5)]
+    hidden_NP = np.stack([np.arange(9) < number for number in (0, 3, 8, 3, 9)])
+    masked = MaskedImages(masked.images, hidden_NP, 8)
+    together = regenerate(Marked(), masked, words, batch_size=2)
+    for row in range(5):
+        alone = regenerate(Marked(), masked.take(np.array([row])), words[row : row + 1])
+        np.testing.assert_array_equal(together[row], alone[0])
+    np.testing.assert_array_equal(together[0], masked.truth[0])

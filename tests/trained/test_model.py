@@ -101,6 +101,22 @@ def test_any_mask_can_be_drawn(model: FedmixModel, phantoms: Phantoms, num_hidde
     assert (image == phantoms.images[0] / np.float32(255)).all() == (num_hidden == 0)
 
 
+def test_a_mask_may_be_patches_by_number_by_place_or_pixels(model: FedmixModel, phantoms: Phantoms) -> None:
+    """A hidden pixel hides its patch: 12 pixels a side, so rows 10 to 13 touch patch rows 0 and 1."""
+    one = phantoms.images[0]
+    pixels = np.zeros((48, 48), bool)
+    pixels[10:14, 25] = True
+    by_pixel = model.regenerate(one, pixels, report=TEXTS[1])
+    grid = np.zeros((4, 4), bool)
+    grid[:2, 2] = True
+    for form in ([2, 6], np.array([6, 2, 2], np.uint8), grid, grid.reshape(-1)):
+        found = model.regenerate(one, form, report=TEXTS[1])
+        np.testing.assert_array_equal(found.hidden, by_pixel.hidden)
+        np.testing.assert_array_equal(found.image, by_pixel.image)
+    assert by_pixel.hidden.nonzero()[0].tolist() == [2, 6]
+    assert (by_pixel.image[:, :24] == one[:, :24] / np.float32(255)).all()
+
+
 @pytest.mark.parametrize("with_image", [False, True])
 def test_filled_in_words_are_those_of_a_direct_pass(
     model: FedmixModel, run: Path, phantoms: Phantoms, with_image: bool
@@ -269,7 +285,7 @@ def test_a_text_is_cleaned_and_cut_as_reports_are(model: FedmixModel) -> None:
         (lambda model, ok: model.regenerate(ok, mask_ratio=1.0), "mask_ratio is 1.0"),
         (
             lambda model, ok: model.regenerate(ok, np.zeros(9, bool)),
-            r"hidden is bool \(9,\), expected bool \(16,\) or \(4, 4\)",
+            r"hidden is bool \(9,\), expected bool \(16,\), \(4, 4\) or \(48, 48\), or numbers of patches",
         ),
         (lambda model, ok: model.regenerate(ok, [3, 16]), "hidden names patches from 3 to 16; they count from 0 to 15"),
         (lambda model, ok: model.regenerate(ok, [-1, 3]), "hidden names patches from -1 to 3"),
