@@ -206,6 +206,7 @@ def _sampler(shard_path: Path, experiment_path: Path, site_name: str, stage_name
         _rows(shard, site.stream),
         batch_size=stage.batch_size,
         seed=local.seed_of(experiment.seed, site.name, stage.name, "batches"),
+        augment=stage.augment,
     )
 
 

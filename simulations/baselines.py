@@ -239,4 +239,5 @@ def _sampler(path: Path, site: config.Site, stage: config.Stage, seed: int) -> S
     rows = shard.select("train", site.stream)
     if not len(rows):
         raise DataError(f"site {site.name} has no {site.stream} study in its training split")
-    return Sampler(shard, rows, batch_size=stage.batch_size, seed=local.seed_of(seed, site.name, stage.name, "batches"))
+    draws = local.seed_of(seed, site.name, stage.name, "batches")
+    return Sampler(shard, rows, batch_size=stage.batch_size, seed=draws, augment=stage.augment)

@@ -76,4 +76,5 @@ def batches(
     few = site.model_copy(update={"phantom": phantom})
     data = experiment.data.model_copy(update={"sites": (few,), "cache": folder})
     shard = Shard.open(prepare_sites(data, tokenizer)[site.name])
-    return Sampler(shard, shard.select("train", site.stream), batch_size=stage.batch_size, seed=0)
+    rows = shard.select("train", site.stream)
+    return Sampler(shard, rows, batch_size=stage.batch_size, seed=0, augment=stage.augment)

@@ -19,6 +19,7 @@ from fedmix.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
@@ -231,6 +232,33 @@ class Objectives(Section):
         return self
 
 
+class Augment(Section):
+    """How a stage's training images are changed at random (fedmix/data/augmentation.py); by default not at all."""
+
+    smallest_crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="smallest share of an image's area that a random square crop keeps; 1 never crops"
+    )
+    rotation_deg: float = Field(default=0.0, ge=0.0, le=45.0, description="largest angle, either way")
+    gamma: float = Field(default=0.0, ge=0.0, le=4.0, description="exponents of grey values from 1 / (1 + gamma) to 1 + gamma")
+    gain: BelowOne = Field(default=0.0, description="grey values are multiplied by 1 - gain to 1 + gain")
+    offset: BelowOne = Field(default=0.0, description="grey values of 0..1 are moved by up to this, either way")
+    mirror: Fraction = Field(
+        default=0.0,
+        description="chance of left and right being swapped; leave it 0 where sides matter: the heart is on the left, and "
+        "reports say left and right",
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Whether pixels change places."""
+        return self.smallest_crop < 1.0 or self.rotation_deg > 0.0 or self.mirror > 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        return self.moves or max(self.gamma, self.gain, self.offset) > 0.0
+
+
 class Optimiser(Section):
     """A site's optimiser during one stage."""
 
@@ -278,6 +306,7 @@ class Stage(Section):
     local_steps: Count = Field(default=60, description="optimiser steps a site takes in a round (H)")
     batch_size: Count = 24
     objectives: Objectives = Objectives()
+    augment: Augment = Augment()
     optimiser: Optimiser = Optimiser()
     outer: Outer = Outer()
 

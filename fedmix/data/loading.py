@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmix import config
 from fedmix.batch import Batch, Study
+from fedmix.data.augmentation import augmented
 from fedmix.data.shard import Shard
 from fedmix.errors import DataError
 
@@ -24,12 +26,15 @@ Indices = NDArray[np.int64]
 
 
 class Sampler:
-    """Epochs without repetition over some studies of a shard, addressed by step number."""
+    """Epochs without repetition over some studies of a shard, addressed by step number; ``augment`` changes their images."""
 
-    def __init__(self, shard: Shard, indices: Indices, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shard: Shard, indices: Indices, *, batch_size: int, seed: int, augment: config.Augment | None = None
+    ) -> None:
         if len(indices) == 0:
             raise DataError("no study of the wanted stream and split in this shard; see `fedmix prepare --stream`")
         self._shard, self._indices, self._seed = shard, indices, seed
+        self._augment = augment or config.Augment()
         self._batch_size = min(batch_size, len(indices))
         self._lengths = np.diff(shard.offsets)[indices]
         self._bucketed = not bool(shard.has_image[indices].any())
@@ -41,7 +46,8 @@ class Sampler:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, self._draw(epoch))
         rows = self._indices[self._epoch[1][position]]
-        return collate([study(self._shard, int(row)) for row in rows])
+        batch = collate([study(self._shard, int(row)) for row in rows])
+        return augmented(batch, self._augment, seed=self._seed, step=step)
 
     def _draw(self, epoch: int) -> list[Indices]:
         """An epoch's batches as positions among the indices; the studies left over wait for another shuffle."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedmix import config
 from fedmix.batch import Batch, Study
 from fedmix.data.loading import Sampler, collate, pad, study
 from fedmix.data.shard import Shard, ShardWriter
@@ -239,3 +240,21 @@ def test_studies_of_one_patient_share_a_number_and_no_others_do(tmp_path: Path) 
 def test_batch_of_studies_without_a_patient_knows_none() -> None:
     image = torch.zeros(4, 4, dtype=torch.uint8)
     assert collate([Study(image, None, 3), Study(image, None)]).patient is None
+
+
+# ---- augmentation
+
+
+def test_images_are_changed_by_seed_and_step_and_nothing_else_of_the_batch(shard: Shard) -> None:
+    wanted = config.Augment(smallest_crop=0.5, rotation_deg=10.0, gain=0.2)
+    rows = shard.select("train", "paired")
+    plain = Sampler(shard, rows, batch_size=4, seed=0)
+    changed, again, other = (Sampler(shard, rows, batch_size=4, seed=seed, augment=wanted) for seed in (0, 0, 1))
+    later, first = changed.batch(9), changed.batch(2)
+    assert same(first, again.batch(2))
+    assert same(later, again.batch(9))
+    assert not torch.equal(first.image, plain.batch(2).image)
+    assert torch.equal(first.text, plain.batch(2).text)
+    assert torch.equal(first.patient, plain.batch(2).patient)
+    assert not torch.equal(first.image, other.batch(2).image)
+    assert same(Sampler(shard, rows, batch_size=4, seed=0, augment=config.Augment()).batch(2), plain.batch(2))
