@@ -324,6 +324,7 @@ DECIDES = {
     "model.num_heads": 2,
     "model.mlp_ratio": 2.0,
     "model.modality_experts": "false",
+    "model.pair_experts": 1,
     "model.decoder_width": 32,
     "model.decoder_depth": 2,
     "model.decoder_heads": 2,

@@ -147,6 +147,12 @@ class Model(Section):
     modality_experts: bool = Field(
         default=True, description="separate FFN and LayerNorm for image and text (VLMo); false shares them"
     )
+    pair_experts: int = Field(
+        default=0,
+        ge=0,
+        description="last blocks with an FFN and LayerNorm of their own for joint sequences of pairs (VLMo, 2111.02358); only "
+        "sites with pairs train and receive them",
+    )
     decoder_width: Count = 64
     decoder_depth: Count = 1
     decoder_heads: Count = 4
@@ -165,6 +171,16 @@ class Model(Section):
         """Fill what ``size`` stands for in under the keys that are given."""
         size = values.get("size") if isinstance(values, dict) else None
         return SIZES[size] | values if isinstance(size, str) and size in SIZES else values
+
+    @model_validator(mode="after")
+    def _pair_experts_fit(self) -> Model:
+        if self.pair_experts > self.depth:
+            raise ValueError(f"pair_experts = {self.pair_experts} is more than the {self.depth} blocks of depth")
+        if self.pair_experts and not self.modality_experts:
+            raise ValueError(
+                "pair_experts stand beside those of image and text: set modality_experts to true, or pair_experts to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:

@@ -1,7 +1,7 @@
 """What a site sends back, and which parameters belong together.
 
 A parameter GROUP is the unit that is trained, sent and averaged as one: a block's shared attention, its image expert, its
-text expert, and so on. A TOWER says which streams reach a group, and with what fixed share.
+text expert, its expert of joint sequences, and so on. A TOWER says which streams reach a group, and with what fixed share.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def group_of(parameter: str) -> str:
             return f"{parts[1]}.norm"
         case "blocks" if parts[2] == "attention":
             return f"block{parts[1]}.attention"
-        case "blocks":  # blocks.<index>.<attention_norm | mlp_norm | mlp>.<image | text | shared>
+        case "blocks":  # blocks.<index>.<attention_norm | mlp_norm | mlp>.<image | text | pair | shared>
             return f"block{parts[1]}.{parts[3]}"
     raise UpdateError(f"parameter {parameter!r} belongs to no group; give its room a line in federation/update.py")
 

@@ -85,8 +85,14 @@ class MixedModel(nn.Module):
         self.embed_image = ImageEmbedding(sizes.patch_size, side, sizes.width)
         self.embed_text = TextEmbedding(vocabulary, max_words, sizes.width)
         self.blocks = nn.ModuleList(
-            MixedBlock(sizes.width, sizes.num_heads, sizes.mlp_ratio, modality_experts=sizes.modality_experts)
-            for _ in range(sizes.depth)
+            MixedBlock(
+                sizes.width,
+                sizes.num_heads,
+                sizes.mlp_ratio,
+                modality_experts=sizes.modality_experts,
+                pair_expert=layer >= sizes.depth - sizes.pair_experts,
+            )
+            for layer in range(sizes.depth)
         )
         self.norm = nn.ModuleDict({name: nn.LayerNorm(sizes.width) for name in names})
         self.patch_decoder = PatchDecoder(

@@ -18,6 +18,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 MODALITIES = ("image", "text")
+PAIR = "pair"  # the expert of joint sequences
 
 # tanh: on CPUs the erf form costs a tenth of a training step at demo sizes.
 gelu = partial(nn.GELU, approximate="tanh")
@@ -57,18 +58,22 @@ def _look(query: Tensor, key: Tensor, value: Tensor, attend_B11T: Tensor | None)
 class MixedBlock(nn.Module):
     """Pre-norm transformer block over the tokens of one or both modalities.
 
-    With ``modality_experts`` each modality has its own LayerNorm and FFN; without, one set serves both. Either way no
-    module runs twice in a forward pass, which per-sample gradients (Opacus) need.
+    With ``modality_experts`` each modality has its own LayerNorm and FFN; without, one set serves both. With ``pair_expert``
+    the tokens of a joint sequence have one FFN and its LayerNorm for both modalities (VLMo's VL-FFN, 2111.02358); a modality
+    alone keeps its own. In every case no module runs twice in a forward pass, which per-sample gradients (Opacus) need.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, modality_experts: bool) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, *, modality_experts: bool, pair_expert: bool = False
+    ) -> None:
         super().__init__()
         names = MODALITIES if modality_experts else ("shared",)
         hidden = int(width * mlp_ratio)
         self.attention = Attention(width, num_heads)
         self.attention_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in names})
-        self.mlp_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in names})
-        self.mlp = nn.ModuleDict({name: Mlp(width, hidden, act_layer=gelu) for name in names})
+        experts = (*names, PAIR) if pair_expert else names
+        self.mlp_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in experts})
+        self.mlp = nn.ModuleDict({name: Mlp(width, hidden, act_layer=gelu) for name in experts})
 
     def forward(
         self, tokens: Mapping[str, Tensor], attend_B11T: Tensor | None, words_N: Tensor | None = None
@@ -79,6 +84,9 @@ class MixedBlock(nn.Module):
         """
         normed = torch.cat(list(each(self.attention_norm, tokens).values()), dim=1)
         tokens = add(tokens, split_like(self.attention(normed, attend_B11T), tokens))
+        if len(tokens) > 1 and PAIR in self.mlp:
+            joined = torch.cat(list(tokens.values()), dim=1)
+            return add(tokens, split_like(self.mlp[PAIR](self.mlp_norm[PAIR](joined)), tokens))
         if words_N is None or "text" not in self.mlp:
             return add(tokens, each(self.mlp, each(self.mlp_norm, tokens)))
         image = {name: tokens_BTD for name, tokens_BTD in tokens.items() if name != "text"}

@@ -12,7 +12,9 @@ attention, a layer's attention LayerNorm before its FFN, its output LayerNorm be
 and FFN then see inputs of the kind they were trained on; but BERT's residual stream is normalised and ours is not, so the
 first attention agrees with BERT's and deeper features only resemble them. It is a start to train from, not BERT itself.
 
-Where both are given, the image checkpoint decides what both hold: attention, and the experts if they are shared. Decoder and
+Where both are given, the image checkpoint decides what both hold: attention, and the experts if they are shared. Experts of
+joint sequences, which no file has, start as copies of the image expert, or without an image file of the text expert: most
+tokens of a joint sequence are patches, and the image side is the one that computes what its checkpoint does. Decoder and
 heads are always new. Shapes: B, P, L, V, D as in encoder.py.
 """
 
@@ -37,12 +39,15 @@ from fedmix.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from fedmix.disk import reason_of
 from fedmix.errors import ConfigError
 from fedmix.model.encoder import MixedModel
+from fedmix.model.layers import PAIR
 
 # Errors name the key and not the path behind it: a path may name a person.
 IMAGE, TEXT = "model.warm_start.image", "model.warm_start.text"
 TEXT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TEXT_KINDS = ("bert", "cxr-bert")  # RoBERTa's kind counts positions from 2 and cuts words in another way
 TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+BLOCK_MLP = re.compile(r"blocks\.\d+\.mlp")  # an FFN or the norm before it
 
 State = Literal["loaded", "resampled", "new"]
 
@@ -105,6 +110,7 @@ def warm_start(model: MixedModel, *, image: Path | None, text: Path | None, toke
         if text is not None and "shared" in model.norm:
             notes.append("experts are shared: FFN and norms come from the image checkpoint, only words from the text one")
         found |= _image_parameters(model, image, notes)
+    found |= _pair_parameters(model, found, "image" if image is not None else "text", notes)
     return _put(model, found, notes)
 
 
@@ -119,6 +125,16 @@ def hashes(image: Path | None, text: Path | None) -> dict[str, str]:
 def _is_common(name: str) -> bool:
     """Whether image and text read this parameter of the trunk alike."""
     return ".attention." in name or "shared" in name.split(".")
+
+
+def _pair_parameters(model: MixedModel, found: Mapping[str, Found], modality: str, notes: list[str]) -> dict[str, Found]:
+    """The experts of joint sequences as copies of an expert that a file has; where it has none of their block, none."""
+    own = dict(model.named_parameters())
+    renamed = {name.replace(f".{modality}.", f".{PAIR}."): one for name, one in found.items() if BLOCK_MLP.match(name)}
+    copies = {name: one for name, one in renamed.items() if name in own and name not in found}
+    if copies:
+        notes.append(f"the experts of joint sequences start as copies of the {modality} experts of their blocks")
+    return copies
 
 
 def _put(model: MixedModel, found: Mapping[str, Found], notes: Iterable[str]) -> LoadReport:

@@ -80,6 +80,8 @@ def _front_matter(about: About) -> dict[str, Any]:
 def _what_it_is(about: About) -> str:
     sizes, options = about.sizes, about.preparation
     experts = "with experts for image and text" if sizes.model.modality_experts else "fully shared"
+    if sizes.model.pair_experts:
+        experts += f", in its last {quantities.plural(sizes.model.pair_experts, 'block')} also for both in one sequence"
     assumed = (
         " How the sites prepared their pictures was not recorded; this is assumed, and wrong if they did otherwise."
         if about.preparation_is_assumed

@@ -253,16 +253,18 @@ def test_whole_groups_may_be_left_out() -> None:
     check_arrays(arrays(only="blocks.0.mlp"), SHAPES, "text", PLAIN)
 
 
-@pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])
-def test_what_an_honest_site_trains_is_whole_whatever_the_objectives(experts: bool) -> None:
-    shapes = {name: value.shape for name, value in tiny.model(modality_experts=experts).named_parameters()}
+@pytest.mark.parametrize(
+    "sizes", [{}, {"modality_experts": False}, {"pair_experts": 1}], ids=["experts", "shared", "pair_experts"]
+)
+def test_what_an_honest_site_trains_is_whole_whatever_the_objectives(sizes: dict[str, object]) -> None:
+    shapes = {name: value.shape for name, value in tiny.model(**sizes).named_parameters()}
     num_tried = 0
     for mvm, mlm, contrast, match, joint in itertools.product((0.0, 1.0), (0.0, 1.0), (0.0, 1.0), (0.0, 1.0), (0.0, 0.5)):
         if mvm + mlm + contrast + match == 0 or (match and not joint):
             continue
         objectives = {"mvm": mvm, "mlm": mlm, "contrast": contrast, "match": match, "joint_share": joint}
         for stream, kinds in {**KINDS, "paired": "pp"}.items():
-            learner = tiny.learner(**objectives, sizes={"modality_experts": experts})
+            learner = tiny.learner(**objectives, sizes=sizes)
             try:
                 update, _ = train(learner, Fresh(kinds), Assignment("west", stage(steps=1), 0, 0))
             except ConfigError:  # nothing to learn from such studies

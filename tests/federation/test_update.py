@@ -43,6 +43,7 @@ def test_parameter_of_an_unknown_room_is_refused() -> None:
         ("text.embedding", "text"),
         ("pair.projection", "pair"),
         ("pair.match_head", "pair"),
+        ("block3.pair", "pair"),
     ],
 )
 def test_tower_says_which_streams_reach_a_group(group: str, tower: str) -> None:

@@ -15,10 +15,10 @@ from fedmix.model.layers import to_image
 EXPERTS = pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])
 
 
-@pytest.fixture(params=["experts", "shared", "skipping"])
+@pytest.fixture(params=["experts", "shared", "skipping", "pairs"])
 def net(request: pytest.FixtureRequest) -> MixedModel:
-    """With experts, with one FFN for both, and with text experts that leave padding out."""
-    made = tiny.model(modality_experts=request.param != "shared")
+    """With experts, with one FFN for both, with text experts that leave padding out, and with experts of joint sequences."""
+    made = tiny.model(modality_experts=request.param != "shared", pair_experts=int(request.param == "pairs"))
     made.skips_padding = request.param == "skipping"
     return made
 
@@ -230,10 +230,11 @@ def test_pass_over_one_modality_reaches_all_of_its_own_parameters(net: MixedMode
     assert own - tiny.touched(net) == set()
 
 
-def test_joint_pass_reaches_everything_but_the_projection(net: MixedModel) -> None:
+def test_joint_pass_reaches_everything_but_the_projection_and_the_experts_that_another_stands_in_for(net: MixedModel) -> None:
     tiny.joint_pass(net).backward()
-    missed = {name for name, _ in net.named_parameters()} - tiny.touched(net)
-    assert missed == {name for name, _ in net.named_parameters() if name.startswith("projection")}
+    names = {name for name, _ in net.named_parameters()}
+    replaced = {f"{name.split('.pair.')[0]}.{kind}." for name in names if ".pair." in name for kind in ("image", "text")}
+    assert names - tiny.touched(net) == {name for name in names if name.startswith(("projection", *replaced))}
 
 
 # ---- what per-sample gradients need

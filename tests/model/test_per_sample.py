@@ -46,10 +46,12 @@ def image_embedding_loss(net: MixedModel, rows: slice) -> Tensor:
     return net.encode_image(tiny.images(NUM_STUDIES)[rows])[:, :3].sum()
 
 
-@pytest.mark.parametrize("experts", [True, False], ids=["experts", "shared"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"modality_experts": False}, {"pair_experts": 1}], ids=["experts", "shared", "pair_experts"]
+)
 @pytest.mark.parametrize("loss_of", [image_loss, text_loss, padded_text_loss, joint_loss, image_embedding_loss])
-def test_opacus_per_sample_gradients_equal_a_loop_over_studies(loss_of: LossOfRows, experts: bool) -> None:
-    net = tiny.model(modality_experts=experts)
+def test_opacus_per_sample_gradients_equal_a_loop_over_studies(loss_of: LossOfRows, sizes: dict[str, object]) -> None:
+    net = tiny.model(**sizes)
     expected: dict[str, list[Tensor]] = {}
     for row in range(NUM_STUDIES):
         net.zero_grad(set_to_none=True)

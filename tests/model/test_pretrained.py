@@ -454,3 +454,28 @@ def test_hashes_tell_content_and_not_path(tmp_path: Path) -> None:
 def test_grid_of_a_fresh_model_is_not_what_the_tests_compare_with() -> None:
     """Else a start that forgot the positions would pass."""
     assert torch.equal(model().embed_image.position.weight, sincos_grid(4, 32))
+
+
+# ---- experts of joint sequences
+
+
+@pytest.mark.parametrize("sides", [("image",), ("text",), ("image", "text")])
+def test_experts_of_joint_sequences_start_as_copies_of_the_image_expert_or_else_of_the_text_expert(
+    tmp_path: Path, sides: tuple[str, ...]
+) -> None:
+    net = model(pair_experts=1)
+    image = saved(vit(), tmp_path) if "image" in sides else None
+    text = bert_folder(tmp_path / "bert") if "text" in sides else None
+    report = start(net, image=image, text=text)
+    for part in (net.blocks[1].mlp, net.blocks[1].mlp_norm):
+        for name, value in part["pair"].named_parameters():
+            assert torch.equal(value, part[sides[0]].get_parameter(name))
+    assert any(f"copies of the {sides[0]} experts" in note for note in report.notes)
+    assert {state for name, state in states(report).items() if ".pair." in name} == {"loaded"}
+
+
+def test_an_expert_of_joint_sequences_above_the_checkpoints_layers_stays_new(tmp_path: Path) -> None:
+    net = model(depth=3, pair_experts=2)
+    found = states(start(net, image=saved(vit(), tmp_path)))
+    assert {state for name, state in found.items() if name.startswith("blocks.1.") and ".pair." in name} == {"loaded"}
+    assert {state for name, state in found.items() if name.startswith("blocks.2.") and ".pair." in name} == {"new"}
