@@ -282,6 +282,9 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="model folder, such as runs/demo/model")],
     data: Annotated[list[Path], typer.Option(help="prepared shard; give it again for more")],
     out: Annotated[Path, typer.Option(help="where evaluation.json goes")] = Path("evaluation"),
+    image_size: Annotated[
+        int | None, typer.Option(help="pixels a side of the shards' images, if the model's patch positions shall be resampled")
+    ] = None,
     rerank_top: Annotated[
         int, typer.Option(min=0, help="candidates of each retrieval query that the match head orders anew; 0 is none")
     ] = 0,
@@ -298,7 +301,7 @@ def evaluate(
         from server import held_out
 
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be
-    loaded, sizes, tokenizer = load_model(model)
+    loaded, sizes, tokenizer = load_model(model, image_size=image_size)
     studies = held_out.of_shards([Shard.open(path) for path in data], sizes.image_size, tokenizer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:

@@ -85,7 +85,10 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
         if shard.has_text.any() and shard.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DataError(f"held-out shard {shard.path}: prepared with another tokenizer; prepare it again")
         if shard.has_image.any() and shard.image_size != image_size:
-            raise DataError(f"held-out shard {shard.path}: images of {shard.image_size} px, the model wants {image_size}")
+            raise DataError(
+                f"held-out shard {shard.path}: images of {shard.image_size} px, the model wants {image_size}; prepare it with "
+                f"--size {image_size}, or evaluate a resampled model: fedmix evaluate --image-size {shard.image_size}"
+            )
         columns = [names.index(name) for name in shard.label_names]
         for row in np.concatenate([shard.select("train"), shard.select("test")]):
             image = shard.image(int(row))

@@ -392,7 +392,18 @@ def test_evaluate_says_where_it_cannot_write(model: Path, run: Run, tmp_path: Pa
 def test_a_shard_of_another_size_is_one_sentence(model: Path, run: Run, tmp_path: Path) -> None:
     folder = table(tmp_path / "data", 20, 0)
     assert run("prepare", "table", folder, "--out", "shard", "--size", "60", "--workers", 1)[0] == 0
-    assert "images of 60 px, the model wants 48" in sentence(run("evaluate", model, "--data", "shard"))
+    said = sentence(run("evaluate", model, "--data", "shard"))
+    assert "images of 60 px, the model wants 48; prepare it with --size 48, or evaluate a resampled model" in said
+
+
+def test_a_model_is_resampled_to_a_shard_of_another_size_if_asked(model: Path, run: Run, tmp_path: Path) -> None:
+    folder = table(tmp_path / "data", 60, 0)
+    assert run("prepare", "table", folder, "--out", "shard", "--size", "60", "--workers", 1)[0] == 0
+    code, out, err = run("evaluate", model, "--data", "shard", "--image-size", 60)
+    assert code == 0, err
+    assert "psnr_db" in out
+    said = sentence(run("evaluate", model, "--data", "shard", "--image-size", 50))
+    assert "image size 50 must be twice the model's patch of 12 pixels, or a larger multiple of it" in said
 
 
 # ---- whole runs

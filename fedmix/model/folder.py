@@ -18,6 +18,7 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, RunError
 from fedmix.model.encoder import MixedModel
+from fedmix.model.resizing import check_size, resized
 
 SCHEMA = 1
 MODEL_TYPE = "fedmix"
@@ -45,8 +46,12 @@ class Sizes(BaseModel):
         return json.dumps(self.model_dump(by_alias=True, exclude_none=True), indent=2) + "\n"
 
 
-def load_model(folder: Path) -> tuple[MixedModel, Sizes, Tokenizer]:
-    """Read a model folder back; raises RunError that names what is missing or wrong."""
+def load_model(folder: Path, *, image_size: int | None = None) -> tuple[MixedModel, Sizes, Tokenizer]:
+    """Read a model folder back; raises RunError that names what is missing or wrong.
+
+    ``image_size``: pixels a side of the pictures to come, None for those it was trained on. Patch positions are resampled to
+    another size (fedmix/model/resizing.py); ConfigError for one that its patches do not fill.
+    """
     for name in FILES:
         if not (folder / name).is_file():
             raise RunError(f"{folder} is no model folder: {name} is missing; name RUN/model")
@@ -59,13 +64,25 @@ def load_model(folder: Path) -> tuple[MixedModel, Sizes, Tokenizer]:
     except (ValueError, SafetensorError, OSError) as error:
         raise RunError(f"{folder} cannot be read as a model ({type(error).__name__}); export it again") from None
     tokenizer.fingerprint = sizes.tokenizer_fingerprint or tokenizer.fingerprint
-    with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
-        model = MixedModel(sizes.model, image_size=sizes.image_size, max_words=sizes.max_words, vocabulary=tokenizer.vocab_size)
+    if image_size is not None:
+        check_size(image_size, sizes.model)
+    model = _empty(sizes, tokenizer)
     own = dict(model.named_parameters())
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in parameters.items()}:
         raise RunError(f"{folder}: weights and config.json are of different models; export it again")
-    model.load_state_dict(parameters)
+    if image_size is None or image_size == sizes.image_size:
+        model.load_state_dict(parameters)
+        return model, sizes, tokenizer
+    sizes = sizes.model_copy(update={"image_size": image_size})
+    model = _empty(sizes, tokenizer)
+    model.load_state_dict(resized(parameters, model.num_patches))
     return model, sizes, tokenizer
+
+
+def _empty(sizes: Sizes, tokenizer: Tokenizer) -> MixedModel:
+    """A model of these sizes that waits for its weights."""
+    with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
+        return MixedModel(sizes.model, image_size=sizes.image_size, max_words=sizes.max_words, vocabulary=tokenizer.vocab_size)
 
 
 def _read_sizes(folder: Path) -> Sizes:

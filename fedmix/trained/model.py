@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,8 +222,11 @@ class FedmixModel:
         return hidden
 
 
-def load_trained(folder: Path, *, device: str = "cpu") -> FedmixModel:
-    """The model of an exported folder; RunError that names what is missing or wrong."""
+def load_trained(folder: Path, *, device: str = "cpu", image_size: int | None = None) -> FedmixModel:
+    """The model of an exported folder; RunError that names what is missing or wrong.
+
+    With an ``image_size`` other than its own, pictures are prepared at that size and its patch positions are resampled.
+    """
     if not folder.is_dir():
         raise RunError(f"there is no folder {folder}; name one that `fedmix export` wrote")
     if (folder / "model.safetensors").is_file() and not (folder / FILE).is_file():
@@ -231,6 +235,9 @@ def load_trained(folder: Path, *, device: str = "cpu") -> FedmixModel:
     preparation = read_preparation(folder)
     if preparation.size != sizes.image_size:
         raise RunError(f"{folder}: {FILE} and config.json are of different models; export the model again")
+    if image_size is not None and image_size != sizes.image_size:
+        network, sizes, tokenizer = load_model(folder, image_size=image_size)
+        preparation = replace(preparation, size=image_size)
     try:
         network.to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA

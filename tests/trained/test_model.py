@@ -22,7 +22,7 @@ from PIL import Image
 import fedmix
 from fedmix.data.images import ImageOptions, read_image
 from fedmix.data.phantom import Phantoms
-from fedmix.errors import DataError, RunError
+from fedmix.errors import ConfigError, DataError, RunError
 from fedmix.evaluation import features, regeneration
 from fedmix.model.folder import load_model
 from fedmix.trained import model as trained
@@ -187,6 +187,36 @@ def test_no_call_trains_or_draws_from_the_callers_chance(model: FedmixModel, pha
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not any(module.training for module in model.network.modules())
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
+
+
+# ---- pictures of another size
+
+
+def test_a_model_for_larger_pictures_differs_in_its_patch_positions_alone(exported: Path, phantoms: Phantoms) -> None:
+    own, larger = fedmix.load(exported), fedmix.load(exported, image_size=96)
+    assert (larger.network.num_patches, larger.preparation.size) == (64, 96)
+    before, after = dict(own.network.named_parameters()), dict(larger.network.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"embed_image.position.weight", "patch_decoder.position.weight"}
+    for name in changed:
+        grid = before[name].T.reshape(1, -1, 4, 4)
+        expected = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
+        torch.testing.assert_close(after[name], expected.flatten(2)[0].T)
+    picture = np.kron(phantoms.images[0], np.ones((2, 2), np.uint8))
+    redrawn = larger.regenerate(picture, mask_ratio=0.5)
+    assert redrawn.image.shape == (96, 96)
+    assert redrawn.hidden.shape == (64,)
+
+
+def test_a_model_for_pictures_of_its_own_size_is_the_same_to_the_bit(exported: Path, phantoms: Phantoms) -> None:
+    one, other = fedmix.load(exported), fedmix.load(exported, image_size=48)
+    np.testing.assert_array_equal(one.encode_image(phantoms.images), other.encode_image(phantoms.images))
+
+
+@pytest.mark.parametrize("size", [0, 12, 50])
+def test_a_size_that_patches_do_not_fill_is_refused(exported: Path, size: int) -> None:
+    with pytest.raises(ConfigError, match=f"image size {size} must be twice the model's patch of 12 pixels"):
+        fedmix.load(exported, image_size=size)
 
 
 # ---- matching
