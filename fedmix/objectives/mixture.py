@@ -8,8 +8,9 @@ here the image helps the words and the words the image, and mismatched reports t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -32,6 +33,7 @@ from fedmix.objectives.alignment import (
 from fedmix.objectives.anchor import anchor_term
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.memory import PastPairs
+from fedmix.objectives.readings import Reading
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
 
 
@@ -58,15 +60,21 @@ class Learner:
     def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
         """All terms that this batch allows: mvm, mlm, contrast, match, anchor. A term of weight 0 is not computed."""
         found: list[tuple[str, Term]] = []
-        rows = _rows(batch)
-        if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
-            self._see(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator, found)
-        if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
-            self._read(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator, found)
-        if batch.image is not None and batch.text is not None and len(rows.image_paired):
-            pairs = _Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._patients(batch))
-            self._pair(pairs, generator, found)
-        return _added(found)
+        plan = self.plan(batch, generator)
+        encoded: list[Encoded] = []
+        for reading in plan.readings:
+            encoded.append(self.encode(reading))
+            found += self.ask(reading, encoded[-1])
+        if plan.pairs is not None:
+            wrong_B = None
+            if self.objectives.contrast:
+                image_BE, text_BE = map(self.embedding, plan.readings[-2:], encoded[-2:])
+                alike_BE = self.likeness(plan.pairs.words_BL) if self.objectives.soft_targets else None
+                term, wrong_B = self.compare(image_BE, text_BE, plan.pairs, alike_BE, generator)
+                found.append(("contrast", term))
+            for reading in self.join(plan.pairs, wrong_B, generator):
+                found += self.ask(reading, self.encode(reading))
+        return added(found)
 
     def loss(self, terms: Mapping[str, Term]) -> Tensor:
         """The weighted sum of the terms' means: what a step descends."""
@@ -78,46 +86,57 @@ class Learner:
         weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match", "anchor"})
         return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
 
-    def _pair(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
-        """Read both sides of the pairs alone and compare these readings, then a share of the pairs as one sequence."""
-        seen = self._see(pairs.image_BSS, self.objectives.hide_image_paired, generator, found)
-        read = self._read(pairs.words_BL, self.objectives.hide_text_paired, generator, found)
-        wrong_B = self._align(seen, read, pairs, generator, found)
-        self._join(replace(pairs, wrong_B=wrong_B), generator, found)
+    # The parts of a step, for one that computes them piece by piece (fedmix/federation/microbatch.py).
 
-    def _see(self, image_BSS: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
-        """Read part of the images and predict the rest."""
-        hidden = hide_patches(len(image_BSS), self.model.num_patches, ratio, generator)
-        encoded = self.model.encode(image_BSS=image_BSS, visible_BK=hidden.visible_BK)
-        if self.objectives.mvm:
-            found.append(("mvm", self._patch_term(encoded, image_BSS, hidden.visible_BK, hidden.hidden_BP)))
-        if self.objectives.anchor and self.start is not None:
-            before = self.start.encode(image_BSS=image_BSS, visible_BK=hidden.visible_BK)
-            found.append(("anchor", anchor_term(self.model.pool("image", encoded), self.start.pool("image", before))))
-        return encoded
+    def plan(self, batch: Batch, generator: Generator) -> Plan:
+        """What a batch has the model read before its pairs are compared, with all that is hidden of it."""
+        rows, readings, pairs = _rows(batch), [], None
+        if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
+            readings.append(self._images(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator))
+        if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
+            readings.append(self._reports(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator))
+        if batch.image is not None and batch.text is not None and len(rows.image_paired):
+            pairs = Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._patients(batch))
+            readings.append(self._images(pairs.image_BSS, self.objectives.hide_image_paired, generator))
+            readings.append(self._reports(pairs.words_BL, self.objectives.hide_text_paired, generator))
+        return Plan(tuple(readings), pairs)
 
-    def _read(self, words_BL: Tensor, ratio: float, generator: Generator, found: list[tuple[str, Term]]) -> Encoded:
-        """Read part of the words and predict the rest."""
-        hidden = hide_words(words_BL, ratio, self.word_ids, generator)
-        encoded = self.model.encode(words_BL=hidden.words_BL)
-        if self.objectives.mlm:
-            found.append(("mlm", self._word_term(encoded, words_BL, hidden.hidden_BL)))
-        if self.objectives.anchor and self.start is not None:
-            before = self.start.encode(words_BL=hidden.words_BL)
-            found.append(("anchor", anchor_term(self.model.pool("text", encoded), self.start.pool("text", before))))
-        return encoded
+    def encode(self, reading: Reading) -> Encoded:
+        """Run the trunk over a reading."""
+        return self.model.encode(image_BSS=reading.image_NSS, visible_BK=reading.visible_NK, words_BL=reading.read_NL)
 
-    def _align(
-        self, image: Encoded, text: Encoded, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]
-    ) -> Tensor | None:
-        """Contrast between the two passes over the same pairs; returns the wrong report it finds hard for each image."""
-        if not self.objectives.contrast:
-            return None
-        image_BE, text_BE = self.model.embed("image", image), self.model.embed("text", text)
-        projection = self.model.projection
+    def ask(self, reading: Reading, encoded: Encoded) -> list[tuple[str, Term]]:
+        """The terms that a reading is asked for, by name."""
+        found: list[tuple[str, Term]] = []
+        if reading.asks_match:
+            logit_N = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
+            found.append(("match", match_term(logit_N, torch.arange(len(logit_N)) < reading.num_true)))
+        true = _first(encoded, reading.num_true) if reading.num_true < len(reading) else encoded
+        if reading.num_true and reading.hidden_MP is not None:
+            found.append(("mvm", self._patch_term(true, reading, reading.hidden_MP)))
+        if reading.num_true and reading.hidden_ML is not None:
+            found.append(("mlm", self._word_term(true, reading, reading.hidden_ML)))
+        if reading.asks_anchor and self.start is not None:
+            before = self.start.encode(image_BSS=reading.image_NSS, visible_BK=reading.visible_NK, words_BL=reading.read_NL)
+            now_ND, start_ND = self.model.pool(reading.modality, encoded), self.start.pool(reading.modality, before)
+            found.append(("anchor", anchor_term(now_ND, start_ND)))
+        return found
+
+    def embedding(self, reading: Reading, encoded: Encoded) -> Tensor:
+        """Unit-norm embeddings [N, E] of a reading of images alone or of reports alone."""
+        return self.model.embed(reading.modality, encoded)
+
+    def compare(
+        self, image_BE: Tensor, text_BE: Tensor, pairs: Pairs, alike_BE: Tensor | None, generator: Generator
+    ) -> tuple[Term, Tensor | None]:
+        """Contrast between two readings of the same pairs, and the wrong report [B] that it finds hard for each image.
+
+        ``alike_BE``: the reports' features for soft targets (``likeness``). Wrong reports are None where matching takes others.
+        """
+        projection, compared_BB = self.model.projection, pairs.compared
         if self.model.contrast_form == "sigmoid":
             term = sigmoid_contrast_term(
-                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=pairs.compared
+                image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=compared_BB
             )
         else:
             term = contrast_term(
@@ -125,26 +144,95 @@ class Learner:
                 text_BE,
                 projection.temperature(),
                 label_smoothing=self.objectives.label_smoothing,
-                target_BB=self._targets(pairs),
-                compared_BB=pairs.compared,
+                target_BB=self._targets(alike_BE, compared_BB),
+                compared_BB=compared_BB,
                 past=self._recall(image_BE, text_BE, pairs),
             )
-        found.append(("contrast", term))
         if not self.objectives.match or self.objectives.match_negatives == "shifted":
-            return None
+            return term, None
         logits_BB = similarity(image_BE, text_BE) / projection.temperature()
-        return hard_negatives(logits_BB, generator, compared_BB=pairs.compared)
+        return term, hard_negatives(logits_BB, generator, compared_BB=compared_BB)
 
-    def _targets(self, pairs: _Pairs) -> Tensor | None:
-        """Soft targets by whole reports as the round-start model reads them; outside a round, as the model itself does."""
-        if not self.objectives.soft_targets:
-            return None
+    def likeness(self, words_BL: Tensor) -> Tensor:
+        """Features [B, E] of whole reports as the round-start model reads them; outside a round, as the model itself does."""
         # No torch.no_grad: under autocast it would leave casts of the model's own weights behind that pass no gradient on.
-        text_BE = (self.start or self.model).encode_text(pairs.words_BL)
-        share, temperature = self.objectives.soft_targets, self.objectives.soft_temperature
-        return soft_targets(text_BE, share=share, temperature=temperature, compared_BB=pairs.compared)
+        return (self.start or self.model).encode_text(words_BL)
 
-    def _recall(self, image_BE: Tensor, text_BE: Tensor, pairs: _Pairs) -> Past | None:
+    def join(self, pairs: Pairs, wrong_B: Tensor | None, generator: Generator) -> list[Reading]:
+        """Readings of a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching.
+
+        ``wrong_B``: whose report an image is wrongly given, -1 for none; None: its neighbour's among the joint ones.
+        """
+        num_joint = round(self.objectives.joint_share * len(pairs.image_BSS))
+        hide_image, hide_text = self.objectives.hide_image_joint, self.objectives.hide_text_joint
+        asked = [(slice(0, num_joint), hide_image, hide_text)]
+        if self.objectives.joint_masking == "one_at_a_time":
+            # What is whole tells what is hidden, each side in turn; chance says which side an odd pair goes to.
+            num_whole = (num_joint + int(torch.randint(2, (1,), generator=generator))) // 2
+            asked = [(slice(0, num_whole), hide_image, 0.0), (slice(num_whole, num_joint), 0.0, hide_text)]
+        return [
+            self._joint(pairs, rows, wrong_B, _Hide(image, text), generator)
+            for rows, image, text in asked
+            if len(pairs.image_BSS[rows])
+        ]
+
+    def _images(self, image_NSS: Tensor, ratio: float, generator: Generator) -> Reading:
+        """Read part of the images and predict the rest."""
+        patches = hide_patches(len(image_NSS), self.model.num_patches, ratio, generator)
+        return Reading(
+            len(image_NSS),
+            image_NSS=image_NSS,
+            visible_NK=patches.visible_BK,
+            hidden_MP=patches.hidden_BP if self.objectives.mvm else None,
+            asks_anchor=self._asks_anchor,
+        )
+
+    def _reports(self, words_NL: Tensor, ratio: float, generator: Generator) -> Reading:
+        """Read part of the words and predict the rest."""
+        words = hide_words(words_NL, ratio, self.word_ids, generator)
+        return Reading(
+            len(words_NL),
+            read_NL=words.words_BL,
+            words_ML=words_NL,
+            hidden_ML=words.hidden_BL if self.objectives.mlm else None,
+            asks_anchor=self._asks_anchor,
+        )
+
+    @property
+    def _asks_anchor(self) -> bool:
+        return bool(self.objectives.anchor) and self.start is not None
+
+    def _joint(self, pairs: Pairs, rows: slice, wrong_B: Tensor | None, hide: _Hide, generator: Generator) -> Reading:
+        """Some pairs as joint sequences, then mismatches; a side of which nothing is hidden has nothing to predict."""
+        image_BSS, words_BL = pairs.image_BSS[rows], pairs.words_BL[rows]
+        patches = hide_patches(len(image_BSS), self.model.num_patches, hide.image, generator)
+        words = hide_words(words_BL, hide.text, self.word_ids, generator)
+        # A mismatch teaches nothing but matching, so there are half as many.
+        swapped_N = torch.arange(len(words_BL) // 2 if self.objectives.match else 0)
+        if wrong_B is None:  # the neighbour's
+            wrong_NL = words.words_BL.roll(1, dims=0)[: len(swapped_N)]
+        else:  # hidden as much as the right ones
+            wrong_N = wrong_B[rows][: len(swapped_N)]
+            swapped_N, wrong_N = swapped_N[wrong_N >= 0], wrong_N[wrong_N >= 0]
+            wrong_NL = hide_words(pairs.words_BL[wrong_N], hide.text, self.word_ids, generator).words_BL
+        return Reading(
+            len(image_BSS),
+            image_NSS=torch.cat([image_BSS, image_BSS[swapped_N]]),
+            visible_NK=torch.cat([patches.visible_BK, patches.visible_BK[swapped_N]]),
+            hidden_MP=patches.hidden_BP if self.objectives.mvm and hide.image else None,
+            read_NL=torch.cat([words.words_BL, wrong_NL]),
+            words_ML=words_BL,
+            hidden_ML=words.hidden_BL if self.objectives.mlm and hide.text else None,
+            asks_match=len(swapped_N) > 0,
+        )
+
+    def _targets(self, alike_BE: Tensor | None, compared_BB: Tensor | None) -> Tensor | None:
+        if alike_BE is None:
+            return None
+        share, temperature = self.objectives.soft_targets, self.objectives.soft_temperature
+        return soft_targets(alike_BE, share=share, temperature=temperature, compared_BB=compared_BB)
+
+    def _recall(self, image_BE: Tensor, text_BE: Tensor, pairs: Pairs) -> Past | None:
         """The pairs of earlier steps, before this step's join them."""
         if self.past is None or pairs.patient_B is None:
             return None
@@ -163,72 +251,24 @@ class Learner:
             raise DataError("same_patient = left_out needs to know which studies are of one patient; the batch does not say")
         return batch.patient[batch.is_paired]
 
-    def _join(self, pairs: _Pairs, generator: Generator, found: list[tuple[str, Term]]) -> None:
-        """Read a share of the pairs as one sequence: words help patches, patches help words, mismatches teach matching."""
-        num_joint = round(self.objectives.joint_share * len(pairs.image_BSS))
-        hide_image, hide_text = self.objectives.hide_image_joint, self.objectives.hide_text_joint
-        if self.objectives.joint_masking == "both":
-            self._read_jointly(pairs, slice(0, num_joint), hide_image, hide_text, generator, found)
-            return
-        # What is whole tells what is hidden, each side in turn; chance says which side an odd pair goes to.
-        num_whole_reports = (num_joint + int(torch.randint(2, (1,), generator=generator))) // 2
-        self._read_jointly(pairs, slice(0, num_whole_reports), hide_image, 0.0, generator, found)
-        self._read_jointly(pairs, slice(num_whole_reports, num_joint), 0.0, hide_text, generator, found)
+    def _patch_term(self, encoded: Encoded, reading: Reading, hidden_MP: Tensor) -> Term:
+        assert reading.image_NSS is not None
+        assert reading.visible_NK is not None
+        predicted_MPV = self.model.decode_patches(encoded, reading.visible_NK[: reading.num_true])
+        patches_MPC = to_patches(reading.image_NSS[: reading.num_true], self.model.patch_size)
+        return masked_patch_term(predicted_MPV, patches_MPC, hidden_MP, kind=self.model.vision_target)
 
-    def _read_jointly(
-        self,
-        pairs: _Pairs,
-        rows: slice,
-        hide_image: float,
-        hide_text: float,
-        generator: Generator,
-        found: list[tuple[str, Term]],
-    ) -> None:
-        """Read some pairs as joint sequences; a side of which nothing is hidden has nothing to predict."""
-        image_BSS, words_BL = pairs.image_BSS[rows], pairs.words_BL[rows]
-        num_pairs = len(image_BSS)
-        if num_pairs == 0:
-            return
-        patches = hide_patches(num_pairs, self.model.num_patches, hide_image, generator)
-        words = hide_words(words_BL, hide_text, self.word_ids, generator)
-        swapped_N, wrong_NL = self._mismatch(pairs, rows, words.words_BL, hide_text, generator)
-        encoded = self.model.encode(
-            image_BSS=torch.cat([image_BSS, image_BSS[swapped_N]]),
-            visible_BK=torch.cat([patches.visible_BK, patches.visible_BK[swapped_N]]),
-            words_BL=torch.cat([words.words_BL, wrong_NL]),
-        )
-        if len(swapped_N):
-            logit_B = self.model.match_head(encoded.tokens["image"][:, 0], encoded.tokens["text"][:, 0])
-            found.append(("match", match_term(logit_B, torch.arange(len(logit_B)) < num_pairs)))
-        true = Encoded({name: tokens_BTD[:num_pairs] for name, tokens_BTD in encoded.tokens.items()}, encoded.present_BL)
-        if self.objectives.mvm and hide_image:
-            found.append(("mvm", self._patch_term(true, image_BSS, patches.visible_BK, patches.hidden_BP)))
-        if self.objectives.mlm and hide_text:
-            found.append(("mlm", self._word_term(true, words_BL, words.hidden_BL)))
-
-    def _mismatch(
-        self, pairs: _Pairs, rows: slice, read_BL: Tensor, hide_text: float, generator: Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Which of the joint pairs ``rows`` ride along once more, and the wrong reports they get, as hidden as the right ones.
-
-        A mismatch teaches nothing but matching, so there are half as many.
-        """
-        swapped_N = torch.arange(len(read_BL) // 2 if self.objectives.match else 0)
-        if pairs.wrong_B is None:  # the neighbour's
-            return swapped_N, read_BL.roll(1, dims=0)[: len(swapped_N)]
-        wrong_N = pairs.wrong_B[rows][: len(swapped_N)]
-        swapped_N, wrong_N = swapped_N[wrong_N >= 0], wrong_N[wrong_N >= 0]
-        return swapped_N, hide_words(pairs.words_BL[wrong_N], hide_text, self.word_ids, generator).words_BL
-
-    def _patch_term(self, encoded: Encoded, image_BSS: Tensor, visible_BK: Tensor, hidden_BP: Tensor) -> Term:
-        predicted_BPV = self.model.decode_patches(encoded, visible_BK)
-        patches_BPC = to_patches(image_BSS, self.model.patch_size)
-        return masked_patch_term(predicted_BPV, patches_BPC, hidden_BP, kind=self.model.vision_target)
-
-    def _word_term(self, encoded: Encoded, words_BL: Tensor, hidden_BL: Tensor) -> Term:
+    def _word_term(self, encoded: Encoded, reading: Reading, hidden_ML: Tensor) -> Term:
+        assert reading.words_ML is not None
         # The CPU, where the batch lies, is asked which words are hidden: a GPU would have to be waited for.
-        places_N = placed(hidden_BL.flatten().nonzero().flatten(), self.model.device)
-        return masked_word_term(self.model.word_head(encoded.tokens["text"].flatten(0, 1)[places_N]), words_BL[hidden_BL])
+        places_N = placed(hidden_ML.flatten().nonzero().flatten(), self.model.device)
+        logits_NV = self.model.word_head(encoded.tokens["text"].flatten(0, 1)[places_N])
+        return masked_word_term(logits_NV, reading.words_ML[hidden_ML])
+
+
+def _first(encoded: Encoded, num: int) -> Encoded:
+    """The first rows alone."""
+    return Encoded({name: tokens_NTD[:num] for name, tokens_NTD in encoded.tokens.items()}, encoded.present_BL)
 
 
 def _frozen(model: MixedModel) -> MixedModel:
@@ -237,21 +277,32 @@ def _frozen(model: MixedModel) -> MixedModel:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The pairs of a batch. ``patient_B``: whose they are, None if it does not matter.
-
-    ``wrong_B``: whose report an image is wrongly given in matching, -1 for none; None: its neighbour's among the joint ones.
-    """
+class Pairs:
+    """The pairs of a batch. ``patient_B``: whose they are, None if it does not matter."""
 
     image_BSS: Tensor
     words_BL: Tensor
     patient_B: Tensor | None
-    wrong_B: Tensor | None = None
 
     @property
     def compared(self) -> Tensor | None:
         """Bool [B, B], True where pair j may be a negative of pair i; None: everywhere."""
         return None if self.patient_B is None else other_patients(self.patient_B)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step reads before pairs are compared. Where there are pairs the last two readings are their images and reports."""
+
+    readings: tuple[Reading, ...]
+    pairs: Pairs | None
+
+
+class _Hide(NamedTuple):
+    """How much is hidden of either side of a joint sequence."""
+
+    image: float
+    text: float
 
 
 @dataclass(frozen=True)
@@ -272,7 +323,7 @@ def _rows(batch: Batch) -> _Rows:
     )
 
 
-def _added(found: list[tuple[str, Term]]) -> dict[str, Term]:
+def added(found: Iterable[tuple[str, Term]]) -> dict[str, Term]:
     """Terms of the same name added, never averaged."""
     terms: dict[str, Term] = {}
     for name, term in found:

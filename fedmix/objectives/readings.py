@@ -1,0 +1,62 @@
+"""What one pass of the trunk reads: patches, words or both, what of them is hidden, and what is asked for.
+
+Rows of a reading do not look at each other. So a reading can be cut between any two, into micro-batches or among processes,
+and what its terms will count is known before anything is computed.
+
+Shapes: N sequences, M of them true, S pixels a side, P patches, K visible patches, L words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sequences, of which the first ``num_true`` are right and the others an image with a wrong report, for matching alone.
+
+    ``image_NSS`` with ``visible_NK`` and ``read_NL`` are what is shown. ``hidden_MP`` and ``hidden_ML`` are True for what is
+    to be predicted, None where nothing is; ``words_ML`` are the words before they were hidden.
+    """
+
+    num_true: int
+    image_NSS: Tensor | None = None
+    visible_NK: Tensor | None = None
+    hidden_MP: Tensor | None = None
+    read_NL: Tensor | None = None
+    words_ML: Tensor | None = None
+    hidden_ML: Tensor | None = None
+    asks_match: bool = False
+    asks_anchor: bool = False
+
+    def __len__(self) -> int:
+        shown = self.read_NL if self.image_NSS is None else self.image_NSS
+        assert shown is not None
+        return len(shown)
+
+    @property
+    def modality(self) -> str:
+        """What an embedding of this reading is of: image or text."""
+        return "text" if self.image_NSS is None else "image"
+
+    def part(self, rows: slice) -> Reading:
+        """Some of the sequences, with all that belongs to them."""
+        # What there is for true rows alone comes first in every tensor, so the same slice cuts it at the same rows.
+        cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, num_true=len(range(self.num_true)[rows]), **cut)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the reading's terms count, by name; a term that is not asked for is not there."""
+        found: dict[str, Tensor] = {}
+        if self.asks_match:
+            found["match"] = torch.tensor(float(len(self)))
+        if self.hidden_MP is not None:
+            found["mvm"] = self.hidden_MP.sum().float()
+        if self.hidden_ML is not None:
+            found["mlm"] = self.hidden_ML.sum().float()
+        if self.asks_anchor:
+            found["anchor"] = torch.tensor(float(len(self)))
+        return found
