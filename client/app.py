@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
-from client import messages, parameters
+from client import messages, parameters, ranks
 from client.state import SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler
@@ -28,6 +29,9 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError, FedmixError
 from fedmix.federation import compression, local
+from fedmix.federation.microbatch import parts_of
+from fedmix.federation.optimisers import OptimiserState
+from fedmix.federation.update import Update
 from fedmix.model.encoder import MixedModel
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
@@ -121,23 +125,18 @@ def _train(message: Message, place: Place) -> Message:
     site = _site(experiment, place.site)
     stage, stage_began = _stage_of(order, experiment, site)
     torch.set_num_threads(experiment.federation.threads_per_site)
-    learner = _learner(place.experiment, stage.name)
-    sampler = _sampler(place.shard, place.experiment, site.name, stage.name)
+    job = materials(place, stage.name)
     state = SiteState(place.state, order.run)
     state.prepare()
-    received = parameters.load(learner.model, order, site.stream, state)
+    received = parameters.load(job.learner.model, order, site.stream, state)
     memory = state.before(order.round_number, stage_began=stage_began)
+    if not stage.optimiser.keep_state:
+        memory = replace(memory, moments={})
+    first_step = (order.round_number - stage_began) * stage.local_steps
     with ThreadPoolExecutor(max_workers=1) as disk:  # a large model's files are written while the site computes
         kept = [disk.submit(state.keep_received, received)] if order.parameters else []
         started = time.time()
-        update, moments = local.train(
-            learner,
-            sampler,
-            local.Assignment(site.name, stage, (order.round_number - stage_began) * stage.local_steps, experiment.seed),
-            optimiser_state=memory.moments if stage.optimiser.keep_state else None,
-            second_moments=order.second_moments,
-            precision=experiment.federation.precision,
-        )
+        update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
         trained_s = (started, time.time())
         kept.append(disk.submit(state.keep_moments, order.round_number, moments if stage.optimiser.keep_state else {}))
         # The seed holds the round and nothing that a repeat of it would change.
@@ -148,6 +147,34 @@ def _train(message: Message, place: Place) -> Message:
     # Before the reply: a committed round must find it.
     state.finish(order.round_number, residual)
     return messages.reply(message, order, update, coded, trained_s=trained_s)
+
+
+def _steps(
+    place: Place, job: Materials, first_step: int, moments: Mapping[str, Tensor], second_moments: Mapping[str, float]
+) -> tuple[Update, OptimiserState]:
+    """A round's steps, in this process or by several that share its batches."""
+    settings = job.experiment.federation
+    if settings.processes_per_site > 1:
+        task = ranks.Task(
+            place.site,
+            str(place.experiment),
+            str(place.shard),
+            job.stage.name,
+            first_step,
+            dict(second_moments),
+            settings.processes_per_site,
+            settings.deadline_s,
+        )
+        return ranks.train(task, dict(job.learner.model.named_parameters()), moments, state=place.state)
+    return local.train(
+        job.learner,
+        job.sampler,
+        local.Assignment(place.site, job.stage, first_step, job.experiment.seed),
+        optimiser_state=moments,
+        second_moments=second_moments,
+        precision=settings.precision,
+        parts=parts_of(settings),
+    )
 
 
 def _stage_of(order: messages.Order, experiment: config.Experiment, site: config.Site) -> tuple[config.Stage, int]:
@@ -176,6 +203,27 @@ def _check(shard: Shard, site: config.Site, experiment: config.Experiment) -> No
             f"it is to train on {site.stream} studies, but its shard's training split holds none "
             f"({counts} over all splits); give it the stream it holds, or another shard"
         )
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a job works with: the experiment and its stage, a model with what it is to learn, and batches."""
+
+    experiment: config.Experiment
+    stage: config.Stage
+    learner: Learner
+    sampler: Sampler
+
+
+def materials(place: Place, stage_name: str) -> Materials:
+    """What the site at a place trains a stage with."""
+    experiment = _experiment(place.experiment)
+    return Materials(
+        experiment,
+        _stage(experiment, stage_name),
+        _learner(place.experiment, stage_name),
+        _sampler(place.shard, place.experiment, place.site, stage_name),
+    )
 
 
 # Processes that serve several rounds open things once; a deployed node's process serves one message and pays once.

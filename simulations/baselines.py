@@ -34,6 +34,7 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
 from fedmix.federation import local
+from fedmix.federation.microbatch import parts_of
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
 from server import held_out as central
@@ -225,6 +226,7 @@ def _pooled(
                 batches,
                 local.Assignment("pooled", pooled, 0, experiment.seed),
                 precision=experiment.federation.precision,
+                parts=parts_of(experiment.federation),
             )
             steps += update.steps
             for stream, count in update.examples.items():

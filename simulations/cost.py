@@ -18,6 +18,7 @@ from fedmix.data.loading import Sampler
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.federation import local
+from fedmix.federation.microbatch import parts_of
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
 from fedmix.report.study import step_key
@@ -53,6 +54,7 @@ def _measure(experiment: config.Experiment, stage: config.Stage, site: config.Si
                 batches(experiment, stage, site, tokenizer, Path(folder)),
                 local.Assignment(site.name, short, 0, experiment.seed),
                 precision=experiment.federation.precision,
+                parts=parts_of(experiment.federation),
                 on_step=lambda step: marks.append(time.process_time()),
             )
     finally:

@@ -117,16 +117,17 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
             for site in experiment.data.sites
         ]
         threads = experiment.federation.threads_per_site
-        num_workers = experiment.federation.workers or engine.default_workers(len(places), threads)
+        cores = threads * experiment.federation.processes_per_site
+        num_workers = experiment.federation.workers or engine.default_workers(len(places), cores)
         app = build_app(
             experiment,
             store,
             watch=ready.view.update,
             held_out=ready.held_out,
-            evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * threads,
+            evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * cores,
         )
         if ready.engine == "ray":
-            run_on_ray(app, places, num_workers=num_workers, threads_per_site=threads)
+            run_on_ray(app, places, num_workers=num_workers, threads_per_site=cores)
         elif ready.engine == "superlink":
             with store.lent():
                 run_on_superlink(store.folder, places, threads_per_site=threads, watch=ready.view.update)

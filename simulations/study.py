@@ -91,10 +91,11 @@ def _open(experiment: config.Experiment, out: Path, *, resume: bool) -> None:
 
 
 def _at_once(experiment: config.Experiment, engine_name: EngineName) -> int:
-    """How many cells run at once: one a core, fewer where a site takes several threads or a cell several workers."""
+    """How many cells run at once: one a core, fewer where a site or a cell takes several of them."""
     if engine_name != "inprocess":  # Ray wants the machine for itself
         return 1
-    per_cell = experiment.federation.threads_per_site * max(1, experiment.federation.workers)
+    federation = experiment.federation
+    per_cell = federation.threads_per_site * federation.processes_per_site * max(1, federation.workers)
     return max(1, len(os.sched_getaffinity(0)) // per_cell)
 
 

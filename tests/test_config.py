@@ -392,6 +392,8 @@ DECIDES = {
     "screening.max_strikes": 2,
     "federation.participation": 0.5,
     "federation.threads_per_site": 2,
+    "federation.processes_per_site": 2,
+    "federation.micro_batch": 4,
     "federation.precision": "bfloat16",
 }
 # One other valid value for everything that does not.
@@ -402,6 +404,7 @@ DECIDES_NOT = {
     "data.cache": "/tmp/phantoms",
     "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5}",
     "federation.workers": 2,
+    "federation.checkpoint_activations": "true",
     "federation.deadline_s": 5.0,
     "federation.min_sites": 2,
     "federation.min_sites_of_stream": "{paired: 1}",

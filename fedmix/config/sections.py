@@ -395,6 +395,19 @@ class Federation(Section):
     threads_per_site: Count = Field(
         default=1, description="torch threads of a site's job; part of the result, so a value and not a guess"
     )
+    processes_per_site: Count = Field(
+        default=1,
+        description="processes that share each of a site's batches, with threads_per_site each; the order of sums changes, so "
+        "the last bits of the result do",
+    )
+    micro_batch: Count | None = Field(
+        default=None,
+        description="sequences that a step computes at a time, for less memory; the gradient is the whole batch's up to the "
+        "order of sums. Null is all at once",
+    )
+    checkpoint_activations: bool = Field(
+        default=False, description="blocks are computed again in the backward pass: less memory, more work, the same bits"
+    )
     workers: int = Field(default=0, ge=0, description="worker processes of the in-process engine; 0 is one per core")
     deadline_s: Positive = Field(default=3600.0, description="a site that has not replied by then is dropped for the round")
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -500,8 +513,9 @@ class Experiment(Section):
     def fingerprint(self) -> str:
         """SHA-256 of the resolved values that decide the weights.
 
-        Where a file lies and how many processes compute on it changes nothing, so shard paths, the cache and the number
-        of workers are left out: a hospital's path differs from the server's.
+        Where a file lies and how many workers compute on it changes nothing, so shard paths, the cache and the number
+        of workers are left out: a hospital's path differs from the server's. Processes that share a batch, micro-batches and
+        threads add the same numbers in another order, which changes the last bits: they are in.
         """
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
         values["model"].pop("size")  # the sizes it stands for are there
@@ -510,7 +524,7 @@ class Experiment(Section):
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:
             site.pop("shard")
-        for key in ("workers", "deadline_s", "max_failed_rounds", "min_sites", "min_sites_of_stream"):
+        for key in ("workers", "deadline_s", "max_failed_rounds", "min_sites", "min_sites_of_stream", "checkpoint_activations"):
             values["federation"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -535,6 +549,11 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
                 f"stage {stage.name!r}: its {stream} sites have nothing to learn; give objectives.{weight} a positive weight, "
                 f"or take {stream!r} out of its streams"
             )
+    if stage.batch_size < experiment.federation.processes_per_site:
+        raise ValueError(
+            f"stage {stage.name!r}: a batch of {stage.batch_size} leaves some of federation.processes_per_site = "
+            f"{experiment.federation.processes_per_site} with nothing to do; raise batch_size or lower the number of processes"
+        )
     objectives = stage.objectives
     if experiment.model.contrast_form == "sigmoid" and objectives.queue:
         raise ValueError(f"stage {stage.name!r}: a queue adds to softmax's denominator, and sigmoids have none; set queue to 0")

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from fedmix import config
 from fedmix.batch import STREAMS, Batch, Stream, Term
+from fedmix.federation.microbatch import Parts, descend
 from fedmix.federation.optimisers import Optimisers, OptimiserState
 from fedmix.federation.update import Update, group_of
+from fedmix.model.layers import keep_activations
 from fedmix.objectives.mixture import Learner
 
 
@@ -71,28 +74,28 @@ def train(
     optimiser_state: Mapping[str, Tensor] | None = None,
     second_moments: Mapping[str, float] | None = None,
     precision: str = "float32",
+    parts: Parts | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Update, OptimiserState]:
     """Take the round's steps in place and return the update and the optimiser state to keep at the site.
 
     ``second_moments``: the sites' means of AdamW's second moment, from which a stage that aggregates them starts the round.
+    ``parts``: how a step is cut into micro-batches and among processes, None not at all. Every process returns the same.
     """
     model, stage = learner.model, assignment.stage
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimisers = Optimisers(model, stage.optimiser)
     optimisers.load(optimiser_state or {})
     optimisers.start_from(second_moments or {})
-    done = _Work()
+    done, parts = _Work(), parts or Parts()
     model.train()
+    keep_activations(model, wanted=parts.keeps_activations)
     model.skips_padding = True
     learner = learner.at_round_start()
     for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
         batch = batches.batch(step)
         chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))
-        with arithmetic(precision, model.device.type):
-            terms = learner.terms(batch, chance)
-            loss = learner.loss(terms)
-        loss.backward()
+        terms = descend(learner, batch, chance, parts=parts, within=partial(arithmetic, precision, model.device.type))
         pull(model, before, stage.optimiser.proximal)
         done.count(model, batch, terms)
         optimisers.step((step + 1) / assignment.num_stage_steps)

@@ -9,6 +9,7 @@ Shapes: N sequences, M of them true, S pixels a side, P patches, K visible patch
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Reading:
     def part(self, rows: slice) -> Reading:
         """Some of the sequences, with all that belongs to them."""
         # What there is for true rows alone comes first in every tensor, so the same slice cuts it at the same rows.
-        cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        cut: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, num_true=len(range(self.num_true)[rows]), **cut)
 
     def weights(self) -> dict[str, Tensor]:

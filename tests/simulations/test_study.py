@@ -165,6 +165,7 @@ def test_as_many_cells_run_at_once_as_the_cores_carry(tmp_path: Path, monkeypatc
         ({}, "inprocess", 8),
         ({"threads_per_site": 2}, "inprocess", 4),
         ({"threads_per_site": 2, "workers": 3}, "inprocess", 1),
+        ({"processes_per_site": 4}, "inprocess", 2),
         ({}, "ray", 1),
     ):
         experiment = config.build(wanted(tmp_path, federation=federation))
