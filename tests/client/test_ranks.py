@@ -39,9 +39,10 @@ def test_two_processes_send_the_update_that_one_would(tmp_path: Path) -> None:
     start = worlds[0].initial()
     one, two = (world.run() for world in worlds)
     sites = [next(row for row in world.seen if row["event"] == "site") for world in worlds]
-    assert sites[0]["examples"] == sites[1]["examples"] == {"image": 0, "text": 0, "paired": 15}
-    for name, mean in sites[0]["metrics"].items():
-        assert sites[1]["metrics"][name] == pytest.approx(mean, rel=1e-3)
+    assert [row["values"]["data/paired"] for row in sites] == [15, 15]
+    losses = [{name: loss for name, loss in row["values"].items() if name.startswith("train/")} for row in sites]
+    assert set(losses[0]) == {f"train/{name}/loss" for name in ("mvm", "mlm", "contrast", "match")}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     changed = torch.cat([(one.parameters[name] - start[name]).flatten() for name in start])
     apart = torch.cat([(one.parameters[name] - two.parameters[name]).flatten() for name in start])
     assert 0 < float(apart.norm()) < 1e-3 * float(changed.norm())
@@ -105,12 +106,23 @@ def test_processes_that_do_not_come_to_an_end_are_ended(tmp_path: Path) -> None:
     assert not pids(world.places[2].state)
 
 
+def test_what_is_said_is_what_failed_first(tmp_path: Path) -> None:
+    """A refusal, then a process that was killed from outside; the others fail because it did."""
+    ranks._check(tmp_path, [0, 0])
+    with pytest.raises(RunError, match=r"process 2 of this site's 3 ended early \(signal 9\)"):
+        ranks._check(tmp_path, [1, None, -9])
+    (tmp_path / f"{ranks.REFUSED}-1").write_text("its shard is damaged; prepare it again")
+    with pytest.raises(RunError, match=r"^its shard is damaged; prepare it again$"):
+        ranks._check(tmp_path, [1, 1, -9])
+
+
+@pytest.mark.e2e
 def test_what_a_process_refuses_is_said_as_if_there_were_one(tmp_path: Path) -> None:
     world = paired_world(tmp_path, processes_per_site=2)
     poisoned = materials(world.places[2], "all").learner.model
     with torch.no_grad():
         poisoned.patch_decoder.values.bias[0] = float("nan")
-    with pytest.raises(FedmixError, match="the gradient is not finite; lower optimiser.lr"):
+    with pytest.raises(FedmixError, match="the gradient is not finite; lower"):
         job(world)()
 
 

@@ -39,10 +39,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "contrast": {"contrast": 1.0},
     "match": {"mlm": 0.3, "match": 1.0, "joint_share": 0.7},
 }
-KINDS = ("iiiii", "ttttt", "ppppp", "iittppppp", "p")
-EVERY_KIND = pytest.mark.parametrize(
+CASES = pytest.mark.parametrize(
     ("kinds", "wanted"),
-    [(kinds, wanted) for kinds in KINDS for wanted in OBJECTIVES if kinds[0] == "p" or wanted not in ("contrast", "match")],
+    [
+        ("iiiii", "masked"),
+        ("ttttt", "masked"),
+        ("iii", "choices"),
+        ("p", "choices"),
+        ("ppppp", "contrast"),
+        ("ppppp", "match"),
+        ("iittppppp", "everything"),
+        ("iittppppp", "choices"),
+        ("iittppppp", "sigmoid"),
+    ],
 )
 Gradients = dict[str, Tensor | None]
 
@@ -83,8 +92,8 @@ def assert_alike(found: tuple[dict[str, Term], Gradients], expected: tuple[dict[
 # ---- micro-batches
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("size", [1, 2, 100])
+@CASES
+@pytest.mark.parametrize("size", [1, 2])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(kinds: str, wanted: str, size: int) -> None:
     whole, cut = (stepped(tiny.learner(**OBJECTIVES[wanted]), kinds, Parts(one)) for one in (None, size))
     assert_alike(cut, whole)
@@ -257,8 +266,8 @@ def side_by_side(total: int, job: Callable[[Beside], Any]) -> list[Any]:
     return [found[rank] for rank in range(total)]
 
 
-@EVERY_KIND
-@pytest.mark.parametrize(("total", "size"), [(2, None), (3, None), (2, 1)])
+@CASES
+@pytest.mark.parametrize(("total", "size"), [(2, None), (3, 1)])
 def test_ranks_give_the_gradient_of_the_whole_batch(kinds: str, wanted: str, total: int, size: int | None) -> None:
     """All of them alike, to the bit, and where a rank has no study of a kind, too."""
     whole, *learners = [tiny.learner(**OBJECTIVES[wanted]) for _ in range(1 + total)]
