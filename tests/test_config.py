@@ -292,6 +292,14 @@ def test_mistake_in_a_baseline_is_found_when_the_config_is_read(override: str, m
         parse(override)
 
 
+def test_more_processes_than_a_batch_has_studies_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"stage 'unpaired': a batch of 24 leaves some of .*processes_per_site = 25 with nothing"
+    ):
+        parse("federation.processes_per_site=25")
+    assert parse("federation.processes_per_site=24").federation.processes_per_site == 24
+
+
 # ---- fingerprint and round trip
 
 

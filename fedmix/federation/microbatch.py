@@ -8,9 +8,10 @@ The pieces give the gradient of the WHOLE batch, for every objective:
   the loss is taken on the embeddings, and each piece is read again to take its embeddings' gradient further. Hard negatives,
   soft targets and the queue are those of the whole batch too.
 
-Equal means up to the order in which floats are added, not to the bit: about 1e-6 of a gradient in float32. In bfloat16 every
-piece rounds the gradients of its matrices, so that there it is about 1e-2. A draw of a hard negative falls differently where
-two differ by less than that. GradCache costs a second forward pass of the pairs, except where a rank's share is one piece.
+Equal means up to the order in which floats are added, not to the bit: on the tests' model 1e-6 of the gradient's length in
+float32, and 3e-3 in bfloat16, where every piece rounds the gradients of its matrices. A draw of a hard negative can fall
+differently where two reports are that near. GradCache costs a second forward pass of the pairs, except where a rank's share
+is one piece; and every rank reads the whole batch from the shard, of which it computes its share.
 """
 
 from __future__ import annotations
