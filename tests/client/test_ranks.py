@@ -28,11 +28,12 @@ def paired_world(folder: Path, *, steps: int = 3, **federation: Any) -> World:
         values(
             folder,
             stages=[stage | {"objectives": objectives, "optimiser": optimiser}],
-            federation={"deadline_s": 120.0, "max_failed_rounds": 1} | federation,
+            federation={"deadline_s": 240.0, "max_failed_rounds": 1} | federation,
         ),
     )
 
 
+@pytest.mark.e2e
 def test_two_processes_send_the_update_that_one_would(tmp_path: Path) -> None:
     """Through a whole round: the same studies counted, the same losses, the same change but for the order of sums."""
     worlds = [paired_world(tmp_path / str(total), processes_per_site=total) for total in (1, 2)]
@@ -59,7 +60,7 @@ def moments_of(place: Place) -> set[str]:
 # ---- what ends a job
 
 
-def job(world: World, *, timeout_s: float = 120.0) -> Callable[[], object]:
+def job(world: World, *, timeout_s: float = 240.0) -> Callable[[], object]:
     """The round of the site with pairs by two processes."""
     place = world.places[2]
     model = materials(place, "all").learner.model
@@ -80,12 +81,13 @@ def pids(state: Path) -> dict[int, int]:
     return found
 
 
+@pytest.mark.e2e
 def test_a_process_that_dies_ends_the_round_and_leaves_no_other(tmp_path: Path) -> None:
     world = paired_world(tmp_path, steps=100_000, processes_per_site=2)
     state, met = world.places[2].state, []
 
     def kill() -> None:
-        waited_until(lambda: any(path.stat().st_size for path in state.glob(f"{ranks.PREFIX}*/{ranks.MEETING}")), 100.0)
+        waited_until(lambda: any(path.stat().st_size for path in state.glob(f"{ranks.PREFIX}*/{ranks.MEETING}")), 200.0)
         met.append(pids(state))
         os.kill(met[0][1], signal.SIGKILL)
 
@@ -136,7 +138,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
             job(world)()
         finally:
             os._exit(1)
-    waited_until(lambda: any(path.stat().st_size for path in state.glob(f"{ranks.PREFIX}*/{ranks.MEETING}")), 100.0)
+    waited_until(lambda: any(path.stat().st_size for path in state.glob(f"{ranks.PREFIX}*/{ranks.MEETING}")), 200.0)
     started = pids(state)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
