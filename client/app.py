@@ -108,6 +108,7 @@ def _greet(message: Message, place: Place) -> Message:
     try:
         shard = Shard.open(place.shard)  # reads every byte once: damage is found before hours of training
         _check(shard, site, experiment)
+        local.device_named(experiment.federation.device)
     except DataError as error:
         raise DataError(f"site {site.name}: {error}") from None
     return messages.greeting(
@@ -272,6 +273,7 @@ def _learner(experiment_path: Path, stage_name: str) -> Learner:
         vocabulary=tokenizer.vocab_size,
     )
     word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    model.to(local.device_named(experiment.federation.device))
     return Learner(model, _stage(experiment, stage_name).objectives, word_ids)
 
 

@@ -413,6 +413,7 @@ DECIDES_NOT = {
     "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5}",
     "federation.workers": 2,
     "federation.checkpoint_activations": "true",
+    "federation.device": "cuda",
     "federation.deadline_s": 5.0,
     "federation.min_sites": 2,
     "federation.min_sites_of_stream": "{paired: 1}",

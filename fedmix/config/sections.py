@@ -418,6 +418,9 @@ class Federation(Section):
         default=StreamCounts(), description="the same for a stream that takes part in the stage"
     )
     max_failed_rounds: Count = Field(default=3, description="failed rounds in a row after which the run stops")
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="where a site trains; not in the fingerprint, so that each site may set its own"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="autocast of the trunk; losses stay float32"
     )
@@ -524,7 +527,15 @@ class Experiment(Section):
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:
             site.pop("shard")
-        for key in ("workers", "deadline_s", "max_failed_rounds", "min_sites", "min_sites_of_stream", "checkpoint_activations"):
+        for key in (
+            "workers",
+            "device",
+            "deadline_s",
+            "max_failed_rounds",
+            "min_sites",
+            "min_sites_of_stream",
+            "checkpoint_activations",
+        ):
             values["federation"].pop(key)
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

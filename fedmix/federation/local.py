@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedmix import config
 from fedmix.batch import STREAMS, Batch, Stream, Term
+from fedmix.errors import ConfigError
 from fedmix.federation.microbatch import Parts, descend
 from fedmix.federation.optimisers import Optimisers, OptimiserState
 from fedmix.federation.update import Update, group_of
@@ -54,6 +55,13 @@ def seed_of(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed from a hash of what it is for: independent streams without counting."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a config. Raises ConfigError where this machine has none of the kind."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("federation.device = cuda, but torch finds no CUDA device here; set it to cpu in this site's copy")
+    return torch.device(name)
 
 
 @contextmanager

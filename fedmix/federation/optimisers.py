@@ -45,7 +45,7 @@ class Optimisers:
         """Clip the gradient, set the learning rate for ``progress`` (0..1 of the stage), step, and drop the gradients."""
         parameters = [parameter for parameter in self._names if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._settings.clip_norm)
-        self._norms = norm if self._norms is None else self._norms + norm
+        self.remember(norm)
         if norm.device.type == "cpu":
             self.check()  # before the model moves
         for parameter in parameters:
@@ -57,6 +57,10 @@ class Optimisers:
                 group["lr"] = peak * cosine(progress, warmup=self._settings.warmup, final=self._settings.final_lr)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+    def remember(self, norm: Tensor) -> None:
+        """Keep a gradient's norm for ``check``."""
+        self._norms = norm if self._norms is None else self._norms + norm
 
     def check(self) -> None:
         """Raise UpdateError if a gradient was not finite: at every step on a CPU. A GPU would have to be waited for, so there

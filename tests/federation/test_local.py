@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedmix import config
 from fedmix.batch import Batch
-from fedmix.errors import RunError, UpdateError
-from fedmix.federation.local import Assignment, arithmetic, pull, seed_of, train
+from fedmix.errors import ConfigError, RunError, UpdateError
+from fedmix.federation.local import Assignment, arithmetic, device_named, pull, seed_of, train
 from fedmix.federation.optimisers import Optimisers, OptimiserState, cosine
 from fedmix.federation.update import REACHED_BY, Update, group_of, tower_of
 from fedmix.objectives.mixture import Learner
@@ -256,6 +256,41 @@ def test_gradient_that_is_not_finite_stops_training_before_the_model_moves(poiso
         train(learner, Fresh("iii"), order(stage()))
     for name, value in learner.model.named_parameters():
         torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_on_a_gpu_a_gradient_that_is_not_finite_is_found_at_the_rounds_end() -> None:
+    """There the steps are not checked one by one; the sum of their norms remembers."""
+    optimisers = Optimisers(tiny.model(), config.Optimiser())
+    optimisers.check()
+    for norm in (torch.tensor(2.0), torch.tensor(float("inf")), torch.tensor(1.0)):
+        optimisers.remember(norm)
+    with pytest.raises(UpdateError, match="the gradient is not finite"):
+        optimisers.check()
+
+
+# ---- devices
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a card")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert device_named("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="torch finds no CUDA device here; set it to cpu"):
+        device_named("cuda")
+
+
+@pytest.mark.gpu
+@BOTH_KINDS
+def test_a_gpu_trains_as_the_cpu_does_and_hands_back_tensors_of_the_cpu(kind: str) -> None:
+    updates = []
+    for device in ("cpu", "cuda"):
+        learner = tiny.learner(**EVERYTHING)
+        learner.model.to(device)
+        update, state = train(learner, Fresh("itpp"), order(stage(kind=kind)))
+        again, _ = train(learner, Fresh("itpp"), order(stage(kind=kind)), optimiser_state=state)
+        updates.append(again)
+        assert {value.device.type for value in (*update.deltas.values(), *state.values())} == {"cpu"}
+    for name, (total, _) in updates[0].metrics.items():
+        assert updates[1].metrics[name][0] == pytest.approx(total, rel=1e-3)
 
 
 # ---- FedProx
