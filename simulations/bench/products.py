@@ -32,7 +32,7 @@ class Products:
         learner.model.train()
         learner.model.skips_padding = True
         with _Recorder() as seen:
-            with arithmetic(precision):
+            with arithmetic(precision, learner.model.device.type):
                 loss = learner.loss(learner.at_round_start().terms(batch, torch.Generator().manual_seed(0)))
             loss.backward()
         learner.model.zero_grad(set_to_none=True)
