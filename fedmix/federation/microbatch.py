@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from fedmix import config
-from fedmix.batch import Batch, Term
+from fedmix.batch import Batch, Term, placed
 from fedmix.federation.ranks import Alone, Ranks, add_gradients
 from fedmix.model.encoder import Encoded
 from fedmix.objectives.mixture import Learner, Pairs, Plan, added
@@ -149,7 +149,8 @@ class _Step:
     def _expect(self, readings: Iterable[Reading]) -> None:
         """Take down what the terms of the whole batch will have counted, and start their totals."""
         for reading in readings:
-            for name, weight in reading.weights().items():
+            for name, counted in reading.weights().items():
+                weight = placed(counted, self._learner.model.device)
                 self._weights[name] = self._weights[name] + weight if name in self._weights else weight
         if not self._weights:
             self._learner.loss({})  # says that this batch teaches nothing, and what to do
