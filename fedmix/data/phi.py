@@ -47,9 +47,10 @@ _PHONES = (
 )
 _EMAILS = (r"[\w.+-]{1,64}@[\w-]{1,63}\.[\w.-]{1,63}", r"\bhttps?://\S", r"\bwww\.\w")
 _RECORDS = (
-    r"\b(?:mrn|medical record|record (?:number|no)|accession(?: (?:number|no))?|acc(?:ession)? ?#|patient id|case (?:number|no)"
+    r"\b(?:mrn|medical record|record (?:number|no)|accession(?: (?:number|no))?|patient id|case (?:number|no)"
     r"|ssn|nhs(?: (?:number|no))?|nhc|nuhsa|cip|dni|nie|historia(?: clínica| clinica)?|expediente|episodio|fallnummer)\b"
     r"[ .:#nº°o-]{0,6}[a-z]{0,3}-?\d[\da-z-]{2,}",
+    r"\bacc(?:ession)? ?#[ :]{0,2}\d{3,}",
     r"(?<![\d.])\d{3}-\d{2}-\d{4}\b",
     r"(?<![\d.,])\d{7,}(?![.,]?\d)",
     r"\b\d{8}-?[a-z]\b|\b[xyz]-?\d{7}-?[a-z]\b",  # DNI and NIE

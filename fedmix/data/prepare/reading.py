@@ -23,6 +23,8 @@ from fedmix.data.reports import clean, decode, has_words, pick
 if TYPE_CHECKING:
     from fedmix.batch import Stream
 
+MAX_REPORT_BYTES = 1024 * 1024  # a hundred times the longest radiology reports, before they are cleaned and cut
+
 _VIEW_CODES = {"lateral": "view_lateral", "unknown": "view_unknown"}
 Image = NDArray[np.uint8]
 
@@ -103,6 +105,8 @@ def _whole(source: Source, report: Report) -> Any:
         if refused.code == "file_missing":
             return None
         raise
+    if len(data) > MAX_REPORT_BYTES:
+        raise RefusedError("file_too_large")
     return decode(data, fallback=source.fallback_encoding)
 
 
