@@ -24,6 +24,7 @@ class LayoutChoice(StrEnum):
     """How the files lie; the names of ``fedmix.data.layouts.registry``, here so that --help imports no reader."""
 
     chexpert = "chexpert"
+    dicom = "dicom"
     mimic_cxr = "mimic-cxr"
     mimic_cxr_jpg = "mimic-cxr-jpg"
     nih14 = "nih14"
@@ -80,7 +81,13 @@ def prepare(
         PhiChoice,
         typer.Option(help="texts with dates, phone numbers, addresses, record numbers or names: left out, or counted"),
     ] = PhiChoice.quarantine,
-    reports: Annotated[Path | None, typer.Option(help="where the reports are, if not below ROOT")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="MIMIC: their folder, if not below ROOT; dicom: a CSV with StudyInstanceUID and report")
+    ] = None,
+    unmarked: Annotated[
+        bool, typer.Option("--unmarked/--no-unmarked", help="take DICOM images whose BurnedInAnnotation is blank")
+    ] = True,
+    captures: Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")] = False,
     encoding: Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")] = None,
     size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
     fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
@@ -105,8 +112,8 @@ def prepare(
 ) -> None:
     """Prepare a data set, or a hospital's own files, as a de-identified shard.
 
-    `table` takes a CSV with image and/or text columns (PNG or JPEG, 8 or 16 bit); the others are public data sets as their
-    owners hand them out. What cannot be used is left out and counted by reason.
+    `table` takes a CSV with image and/or text columns (PNG or JPEG, 8 or 16 bit), `dicom` any folder of DICOM files; the
+    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason.
 
     Example:  fedmix prepare nih14 data/nih --stream image --size 96 --out shards/nih
     """
@@ -128,6 +135,8 @@ def prepare(
         max_words=max_words,
         phi=phi.value,
         views=views.value if views else None,
+        takes_unmarked=unmarked,
+        takes_captures=captures,
         max_bad_share=max_bad_share,
         replace=replace,
     )

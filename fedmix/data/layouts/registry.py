@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedmix.data.layouts.chexpert import open_chexpert
+from fedmix.data.layouts.dicom_folder import open_dicom
 from fedmix.data.layouts.mimic import open_mimic, open_mimic_jpg
 from fedmix.data.layouts.nih14 import open_nih14
 from fedmix.data.layouts.openi import open_openi
@@ -17,6 +18,7 @@ from fedmix.errors import DataError
 
 LAYOUTS: dict[str, Callable[[Path, SourceOptions], Source]] = {
     "chexpert": open_chexpert,
+    "dicom": open_dicom,
     "mimic-cxr": open_mimic,
     "mimic-cxr-jpg": open_mimic_jpg,
     "nih14": open_nih14,

@@ -69,6 +69,15 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[st
         raise DataError(f"a table of the data set cannot be read ({type(error).__name__}); fetch it again") from None
 
 
+def header_of(path: Path) -> list[str]:
+    """The names of a table's columns. Raises ``DataError``."""
+    try:
+        with reading(path) as file:
+            return [name.strip() for name in next(csv.reader(file, strict=True), [])]
+    except (OSError, EOFError, csv.Error) as error:
+        raise DataError(f"the table cannot be read ({type(error).__name__}); give a CSV file with a header row") from None
+
+
 def _places(header: Sequence[str], columns: Sequence[str]) -> list[int]:
     missing = [name for name in columns if name not in header]
     if missing or not header:  # what the header has is not repeated: without one it would be the first patient

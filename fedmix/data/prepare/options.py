@@ -12,6 +12,7 @@ from fedmix.errors import DataError
 
 if TYPE_CHECKING:
     from fedmix.batch import Stream
+    from fedmix.data.layouts.records import Source
 
 Views = Literal["frontal", "frontal-or-unknown", "all"]
 VIEWS_TAKEN: dict[Views, frozenset[str]] = {
@@ -59,6 +60,10 @@ class PrepareOptions:
         if self.views is not None and self.views not in VIEWS_TAKEN:
             raise DataError(f"views is {self.views!r}; it is one of {', '.join(VIEWS_TAKEN)}")
         check_wanted(self.sections)
+
+    def views_of(self, source: Source) -> frozenset[str]:
+        """The views that are taken of a source: what was asked for, or what the source is for."""
+        return VIEWS_TAKEN[self.views or ("frontal" if source.frontal_only else "all")]
 
     @property
     def wants_image(self) -> bool:

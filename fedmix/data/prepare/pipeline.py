@@ -20,6 +20,7 @@ import numpy as np
 
 from fedmix.data.deidentification import Deidentification
 from fedmix.data.layouts.records import TRAIN_OR_VAL, Source
+from fedmix.data.prepare.decoding import decoding
 from fedmix.data.prepare.options import PrepareOptions, PrepareSummary
 from fedmix.data.prepare.reading import Outcome, Ready, read_study
 from fedmix.data.prepare.tally import Tally
@@ -62,6 +63,8 @@ def prepare(
     try:
         with writer, contextlib.closing(_in_order(source, options, workers)) as outcomes:
             for outcome in outcomes:
+                if source.join is not None and options.stream != "image":
+                    tally.keep_first(outcome)
                 _write(writer, outcome, tally)
                 if on_progress is not None:
                     on_progress(tally.done, source.num_rows)
@@ -103,12 +106,15 @@ def _given(identifier: str | None) -> str:
 
 
 def _in_order(source: Source, options: PrepareOptions, workers: int) -> Generator[Outcome, None, None]:
-    """Rows in the data set's order, decoded by ``workers`` threads that run a little ahead of the writer."""
+    """Rows in the data set's order, read by ``workers`` threads that run a little ahead of the writer."""
     ahead: deque[Future[Outcome]] = deque()
-    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="prepare") as pool:
+    with (
+        decoding(source, options, workers) as decode,
+        ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="prepare") as pool,
+    ):
         try:
             for row in source.records():
-                ahead.append(pool.submit(read_study, source, row, options))
+                ahead.append(pool.submit(read_study, source, row, options, decode))
                 if len(ahead) >= ROWS_AHEAD * max(1, workers):
                     yield ahead.popleft().result()
             while ahead:

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmix.data import phi
-from fedmix.data.images import decode_grey, fit_square
 from fedmix.data.layouts.paths import read_first
-from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source
-from fedmix.data.prepare.options import NOT_BAD, VIEWS_TAKEN, PrepareOptions
+from fedmix.data.layouts.records import Record, Refusal, Report, Source
+from fedmix.data.pictures import Decode, Decoded, check_view
+from fedmix.data.prepare.options import NOT_BAD, PrepareOptions
 from fedmix.data.quarantine import RefusedError
 from fedmix.data.reports import clean, decode, has_words, pick
 
@@ -25,17 +25,14 @@ if TYPE_CHECKING:
 
 MAX_REPORT_BYTES = 1024 * 1024  # a hundred times the longest radiology reports, before they are cleaned and cut
 
-_VIEW_CODES = {"lateral": "view_lateral", "unknown": "view_unknown"}
-Image = NDArray[np.uint8]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ready:
     """A study (or one of its images) with the image decoded and the text cleaned."""
 
     record: Record
     view: str
-    image: Image | None
+    image: NDArray[np.uint8] | None
     text: str | None
 
 
@@ -49,29 +46,48 @@ class Outcome:
     phi: tuple[str, ...] = ()
 
 
-def read_study(source: Source, row: Record | Refusal, options: PrepareOptions) -> Outcome:
+def read_study(source: Source, row: Record | Refusal, options: PrepareOptions, decode: Decode) -> Outcome:
     """Open, decode and check everything of one study."""
     outcome = Outcome(row.row)
     if isinstance(row, Refusal):
         outcome.left_out.append(row.code)
         return outcome
     try:
-        _read(source, row, options, outcome)
+        if source.join is None:
+            _read(source, row, options, outcome, decode)
+        else:
+            _read_joined(source, row, options, outcome, decode)
     except RefusedError as refused:
         outcome.left_out.append(refused.code)
     return outcome
 
 
-def _read(source: Source, record: Record, options: PrepareOptions, outcome: Outcome) -> None:
+def _read(source: Source, record: Record, options: PrepareOptions, outcome: Outcome, decode: Decode) -> None:
+    """Text first: it costs little, and a study that is refused for it is not decoded."""
     text = _text(source, record.report, options, outcome) if options.wants_text else None
-    images = _images(source, record, options, outcome) if options.wants_image else []
+    images = _images(source, record, options, outcome, decode) if options.wants_image else []
+    _finish(record, images, text, options, outcome)
+
+
+def _read_joined(source: Source, record: Record, options: PrepareOptions, outcome: Outcome, decode: Decode) -> None:
+    """Image first: whose report belongs to it, only the file says."""
+    assert source.join is not None
+    images = _images(source, record, options, outcome, decode)
+    if not images:
+        return
+    named = source.join(record, images[0].header)
+    text = _text(source, named.report, options, outcome) if options.wants_text else None
+    _finish(named, images, text, options, outcome)
+
+
+def _finish(record: Record, images: list[Decoded], text: str | None, options: PrepareOptions, outcome: Outcome) -> None:
     missing = _missing(bool(images), text is not None, options.stream)
     if missing is not None:
         outcome.left_out += [] if outcome.left_out else [missing]  # why an image or report is not there has been said
         return
     if not images:
         outcome.ready.append(Ready(record, "unknown", None, text))
-    outcome.ready += [Ready(record, view, image, text) for view, image in images]
+    outcome.ready += [Ready(record, decoded.view, decoded.image, text) for decoded in images]
 
 
 def _text(source: Source, report: Report | None, options: PrepareOptions, outcome: Outcome) -> str | None:
@@ -110,17 +126,16 @@ def _whole(source: Source, report: Report) -> Any:
     return decode(data, fallback=source.fallback_encoding)
 
 
-def _images(source: Source, record: Record, options: PrepareOptions, outcome: Outcome) -> list[tuple[str, Image]]:
+def _images(source: Source, record: Record, options: PrepareOptions, outcome: Outcome, decode: Decode) -> list[Decoded]:
     """The usable images of a study, no more than the first where it may also have a report."""
-    found: list[tuple[str, Image]] = []
+    found: list[Decoded] = []
     codes: list[str] = []
     for picture in record.pictures:
         try:
-            check_view(picture.view, source, options)
+            check_view(picture.view, options.views_of(source))
             if found and options.stream != "image":
-                codes.append("image_extra")
-                continue
-            found.append(_image(source, picture, options))
+                raise RefusedError("image_extra")
+            found.append(decode(picture))
         except RefusedError as refused:
             codes.append(refused.code)
     bad = [code for code in codes if code not in NOT_BAD]
@@ -130,19 +145,6 @@ def _images(source: Source, record: Record, options: PrepareOptions, outcome: Ou
         raise RefusedError(bad[-1])
     outcome.left_out += codes
     return found
-
-
-def check_view(view: str | None, source: Source, options: PrepareOptions) -> None:
-    """Raise ``RefusedError`` for a view that is not wanted; None, not known yet, passes."""
-    taken = VIEWS_TAKEN[options.views or ("frontal" if source.frontal_only else "all")]
-    if view is not None and view not in taken:
-        raise RefusedError(_VIEW_CODES[view])
-
-
-def _image(source: Source, picture: Picture, options: PrepareOptions) -> tuple[str, Image]:
-    data = read_first(source.root, picture.places)
-    grey = decode_grey(data, needed=options.image.size)
-    return picture.view or "unknown", fit_square(255 - grey if picture.is_negative else grey, options.image)
 
 
 def _missing(has_image: bool, has_text: bool, stream: Stream | None) -> str | None:

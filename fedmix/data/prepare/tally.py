@@ -20,6 +20,7 @@ class Tally:
         self.quarantined, self.phi, self.langs = Counter[str](), Counter[str](), Counter[str]()
         self.rows: dict[str, list[int]] = {}
         self._split_of: dict[str, str] = {}
+        self._studies: set[tuple[str | None, str | None]] = set()
         self._num_bad_rows = 0
 
     def add(self, outcome: Outcome) -> None:
@@ -43,6 +44,15 @@ class Tally:
     def keeps_split(self, patient: str, split: str) -> bool:
         """Whether a patient belongs to this split: to the first that was given."""
         return self._split_of.setdefault(patient, split) == split
+
+    def keep_first(self, outcome: Outcome) -> None:
+        """Leave out what has a study before it: where each file is a record, a report comes with one image only."""
+        for one in tuple(outcome.ready):
+            study = (one.record.patient, one.record.study)
+            if study in self._studies:
+                outcome.ready.remove(one)
+                outcome.left_out.append("image_extra")
+            self._studies.add(study)
 
     def check_left(self) -> None:
         """Raise if no row was good."""

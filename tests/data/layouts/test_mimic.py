@@ -1,6 +1,8 @@
+import gzip
 from pathlib import Path
 
 import pytest
+import radiographs
 from trees import encoded, picture, prepared, texts, write_file, write_table
 
 from fedmix.data.layouts.mimic import FINDINGS
@@ -169,3 +171,17 @@ def test_a_site_with_only_the_reports_of_mimic_cxr_prepares_them(tmp_path: Path)
     assert summary.quarantined == {"report_missing": 1}  # the column path is not even read
     assert texts(shard, 1) == encoded("No acute process since ___. The lungs are clear. There is no effusion or pneumothorax.")
     assert shard.manifest.languages == {"en": 1}
+
+
+def test_dicom_files_plain_or_packed_say_their_view_themselves(tmp_path: Path) -> None:
+    root = tmp_path / "mimic-cxr"
+    pixels = radiographs.marked(40, 40)
+    names = [f"{folder(10000032, 50414267)}/{image_id(number)}.dcm" for number in (1, 2)]
+    rows = [[10000032, 50414267, image_id(number), name] for number, name in enumerate(names, start=1)]
+    write_table(root / "cxr-record-list.csv.gz", "subject_id,study_id,dicom_id,path", rows)
+    write_file(root / names[0], radiographs.file_of(pixels, ViewPosition="LATERAL"))
+    write_file(root / f"{names[1]}.gz", gzip.compress(radiographs.file_of(pixels, ViewPosition="AP")))
+    write_file(root / f"{folder(10000032, 50414267)}.txt", REPORT)
+    summary, shard = prepared("mimic-cxr", root, stream="paired")
+    assert (shard.view, summary.quarantined) == (["AP"], {"view_lateral": 1})
+    assert texts(shard, 1) == encoded(LEARNT)
