@@ -63,7 +63,8 @@ _NAMES = (
     rf"\b(?:Dr|Drs|Dra|Prof|Mr|Mrs|Ms|Miss|Sr|Sra|Srta|Hr|Mme|Mlle|Dña)\.? {{0,2}}{_NAME}",
     rf"\b(?:DR|DRS|DRA|PROF|MR|MRS|MS|SR|SRA)\. {{0,2}}{_NAME}",
     rf"\b(?:Doctor|Doctora|Professor|Don|Doña|Señora|Señor|Herr|Frau|Monsieur|Madame|Docteur) {_NAME}",
-    r"\b(?:dr|drs|dra|prof|sr|sra|srta|dña)\.? (?!x{2,}\b)(?!y\b|and\b|for\b|of\b|on\b|at\b|by\b)[a-zà-ÿ][\w'\u2019-]{2,}",
+    r"\b(?:dr|drs|dra|prof|sr|sra|srta|dña)\.? (?!(?i:x{2,})\b)(?!(?:y|and|for|of|on|at|by|or|to|was|is)\b)"
+    r"[^\W\d_][\w'\u2019-]{2,}",
     rf"\b(?i:(?:dictated|signed|reported|read|verified|approved|interpreted|firmado|informado|dictado|validado) (?:by|por))"
     rf"[: ]{{1,3}}{_NAME}",
     rf"\b(?i:(?:patient|patient'?s? name|name|surname|nombre|apellidos?|paciente)) ?: ?{_NAME}",

@@ -67,6 +67,7 @@ FOUND = {
         "Dr Smith",
         "DR. SMITH",
         "dr. garcia",
+        "dr. Smith",
         "Dr. J. Smith",
         "Drs. Ng and Ito",
         "Dra. Núñez",
