@@ -21,7 +21,7 @@ from fedmix.data.squares import DicomReader, SquareReader
 from fedmix.data.walls import Limits, Walls
 from fedmix.errors import DataError
 
-TIGHT = Limits(memory_bytes=256 << 20, seconds=2.0)
+TIGHT = Limits(memory_bytes=256 << 20, seconds=5.0)
 
 
 def outcome(answer):
