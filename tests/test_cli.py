@@ -77,7 +77,7 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...], run: Run)
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {("simulate",), ("prepare", "table"), ("evaluate",), ("report",), ("compare",), ("bench",), ("export",)} <= set(ALL)
+    assert {("simulate",), ("prepare",), ("evaluate",), ("report",), ("compare",), ("bench",), ("export",)} <= set(ALL)
 
 
 def test_help_comes_without_importing_the_heavy_rooms() -> None:
