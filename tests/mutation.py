@@ -14,7 +14,15 @@ from fedmix.data.images import ImageOptions, read_image
 from fedmix.data.quarantine import RefusedError
 
 OPTIONS, GATES = ImageOptions(size=32), dicom.Gates(secondary_capture=True)
-ODD = (b"\x00\x00", b"\xff\xff", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\xff\xff\xff\x7f", b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0")
+ODD = (
+    b"\x00\x00",
+    b"\xff\xff",
+    b"\xff\xff\xff\xff",
+    b"\x00\x00\x00\x00",
+    b"\xff\xff\xff\x7f",
+    b"\xfe\xff\x00\xe0",
+    b"\xfe\xff\x0d\xe0",
+)
 ODD_VRS = (b"SQ\0\0\xff\xff\xff\xff", b"UN\0\0\xff\xff\xff\xff", b"OB\0\0\xff\xff\xff\x7f", b"DS", b"US", b"UT")
 
 
@@ -37,10 +45,10 @@ class MutantReader:
 
 
 def mutant(files: tuple[Path, ...], seed: int, number: int) -> bytes:
-    """A file with one to four kinds of damage."""
+    """A file with one to three kinds of damage."""
     chance = np.random.default_rng((seed, number))
     data = bytearray(_bytes_of(files[number % len(files)]))
-    for _ in range(1 + int(chance.integers(0, 4))):
+    for _ in range(1 + int(chance.integers(0, 3))):
         _damage(data, chance)
     return bytes(data)
 
@@ -55,7 +63,7 @@ def _damage(data: bytearray, chance: np.random.Generator) -> None:
         return
     # Mostly where a change has a meaning: tags at the front, and what opens the pixels.
     pixels = max(132, data.rfind(b"\xe0\x7f\x10\x00"))
-    start, end = ((132, pixels), (pixels, pixels + 200), (0, len(data)))[chance.integers(0, 3)]
+    start, end = ((132, pixels), (pixels, pixels + 200), (pixels, len(data)), (0, len(data)))[chance.integers(0, 4)]
     at = int(chance.integers(start, max(start + 1, min(end, len(data) - 1))))
     length = int(2 ** chance.uniform(0, 8))
     kind = chance.integers(0, 8)

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Generic, TypeVar
 
 from fedmix.data.quarantine import REASONS, RefusedError
@@ -71,8 +72,12 @@ class Walls(Generic[Job]):
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.close()
+            worker.stop()
         self._threads.shutdown()
+
+    def ask(self, job: Job) -> Answer:
+        """What became of one job; waits in the caller's thread until a worker is free and done."""
+        return self._run([job])[0]
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """What became of each job, in their order; jobs are taken a little ahead."""
@@ -99,7 +104,8 @@ class _Worker(Generic[Job]):
         self._work, self._limits = work, limits
         self._process: ForkServerProcess | None = None
         self._connection: Connection | None = None
-        self._is_closed = False
+        self._is_stopped = False
+        self._lock = Lock()  # between the thread that waits for answers and the one that stops all
 
     def answers(self, batch: Sequence[Job]) -> list[Answer]:
         answers: list[Answer] = []
@@ -114,9 +120,12 @@ class _Worker(Generic[Job]):
                 answers.append(self._receive(connection))
         return answers
 
-    def close(self) -> None:
-        self._is_closed = True
-        self._end()
+    def stop(self) -> None:
+        """End the process, from any thread; whoever waits for an answer of it is told."""
+        with self._lock:
+            self._is_stopped = True
+            if self._process is not None:
+                self._process.kill()
 
     def _receive(self, connection: Connection) -> Answer:
         """The next answer; without one, or where memory ran out, the process is ended."""
@@ -137,14 +146,15 @@ class _Worker(Generic[Job]):
         return RefusedError(code if kind == _REFUSED and code in REASONS else "decoder_crashed")
 
     def _start(self) -> Connection:
-        if self._is_closed:
-            raise DataError("the preparation was stopped")
         context = get_context("forkserver")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._work, self._limits), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._work, self._limits), daemon=True)
+        with self._lock:
+            if self._is_stopped:
+                raise DataError("the preparation was stopped")
+            process.start()
+            self._process, self._connection = process, ours
         theirs.close()
-        self._connection = ours
         with contextlib.suppress(EOFError, OSError):
             if ours.poll(START_S) and ours.recv_bytes(1) == _READY:
                 return ours
@@ -152,8 +162,9 @@ class _Worker(Generic[Job]):
         raise DataError("a worker process for decoding images could not be started; see whether memory is left")
 
     def _end(self) -> None:
-        process, connection = self._process, self._connection
-        self._process = self._connection = None
+        with self._lock:
+            process, connection = self._process, self._connection
+            self._process = self._connection = None
         if connection is not None:
             connection.close()
         if process is not None:

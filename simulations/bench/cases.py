@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from simulations.bench import Line, federation
+from simulations.bench import Line, federation, prepare
 
-BENCHES: dict[str, dict[str, Callable[[], Line]]] = {"federation": federation.CASES}
+BENCHES: dict[str, dict[str, Callable[[], Line]]] = {"federation": federation.CASES, "prepare": prepare.CASES}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fedmix.data.squares import DicomReader, SquareReader
 from fedmix.data.walls import Limits, Walls
 from fedmix.errors import DataError
 
-TIGHT = Limits(memory_bytes=256 << 20, seconds=2.0)
+TIGHT = Limits(memory_bytes=256 << 20, seconds=5.0)
 
 
 def outcome(answer):
@@ -49,6 +50,13 @@ def test_whatever_a_worker_dies_of_is_a_code_and_the_order_is_kept(workers):
     started = time.monotonic()
     assert outcomes(jobs, workers) == [wanted[odd[number]] if number in odd else str(number) for number in range(40)]
     assert time.monotonic() - started < 60
+
+
+def test_several_threads_may_ask_and_each_gets_its_own_answer():
+    with Walls(do, workers=2, limits=TIGHT) as walls, ThreadPoolExecutor(4) as threads:
+        jobs = [("crash" if number % 7 == 3 else "answer", number) for number in range(30)]
+        answers = [outcome(answer) for answer in threads.map(walls.ask, jobs)]
+    assert answers == ["decoder_crashed" if what == "crash" else str(number) for what, number in jobs]
 
 
 def test_memory_below_the_limit_is_given():
