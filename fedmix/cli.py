@@ -23,6 +23,7 @@ from rich.text import Text
 from fedmix import config
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
+from fedmix.commands.shard import shard_app
 from fedmix.errors import ConfigError, FedmixError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ config_app = typer.Typer(
     no_args_is_help=True, help="Look at experiment files.\n\nExample:  fedmix config show configs/demo.yaml"
 )
 app.command()(prepare)
+app.add_typer(shard_app, name="shard")
 app.add_typer(config_app, name="config")
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C

@@ -1,5 +1,6 @@
 import ast
 import csv
+import json
 import os
 import stat
 from io import BytesIO
@@ -19,7 +20,7 @@ from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source
 from fedmix.data.layouts.table import TableColumns, TableOptions, open_table, table_records, table_source
 from fedmix.data.prepare import PrepareOptions, PrepareSummary, prepare
 from fedmix.data.quarantine import REASONS, RefusedError
-from fedmix.data.shard import Shard
+from fedmix.data.shard import Shard, _seal_of
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
@@ -531,6 +532,20 @@ def test_poisoned_rows_are_counted_and_leave_no_trace_in_the_shard(hostile, toke
         data = member.read_bytes()
         assert not [word for word in (b"CANARY", b"passwd", b"secret", b"ok.png") if word in data], member.name
     assert "CANARY" not in repr(summary)
+
+
+@pytest.mark.parametrize("add", [True, False], ids=["besides a member", "instead of a member"])
+def test_a_manifest_that_names_another_file_opens_nothing(site, add):
+    site.table(site.paired(2))
+    site.prepare()
+    path = site.root / "shard" / "shard.json"
+    whole = json.loads(path.read_text())
+    for cell in POISON:
+        content = json.loads(json.dumps({name: value for name, value in whole.items() if name != "seal"}))
+        content["files"][cell] = content["files"]["images.npy"] if add else content["files"].pop("images.npy")
+        path.write_text(json.dumps({**content, "seal": _seal_of(content)}))
+        with pytest.raises(DataError, match="does not list the member files"):
+            Shard.open(path.parent)
 
 
 def test_a_file_beyond_the_size_limit_is_not_read(hostile):

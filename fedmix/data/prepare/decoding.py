@@ -26,7 +26,7 @@ def decoding(source: Source, options: PrepareOptions, workers: int) -> Iterator[
     with Walls(reader, workers=workers) as walls:
 
         def decode(picture: Picture) -> Decoded:
-            answer = next(iter(walls.map([picture])))
+            answer = walls.ask(picture)
             if isinstance(answer, RefusedError):
                 raise answer
             return reader.received(picture, answer)
