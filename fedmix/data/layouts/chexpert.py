@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from fedmix.data.layouts import sheets
-from fedmix.data.layouts.paths import path_parts
+from fedmix.data.layouts.paths import path_parts, real_root
 from fedmix.data.layouts.records import (
     Picture,
     Record,
@@ -53,7 +53,7 @@ def open_chexpert(root: Path, options: SourceOptions) -> Source:
 def _release(root: Path) -> Path:
     for folder in (root, *sorted(root.glob("CheXpert-v1.0*"))):
         if sheets.find(folder, *_TABLES) is not None:
-            return folder
+            return real_root(folder)  # the release may be a link to another disk
     raise DataError("the root folder has no train.csv or valid.csv; give the folder of the CheXpert release")
 
 

@@ -19,7 +19,7 @@ from xml.etree.ElementTree import Element
 
 from fedmix.data import xml
 from fedmix.data.layouts.paths import read_inside
-from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source, SourceOptions
+from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source, SourceOptions, found_labels
 from fedmix.data.quarantine import RefusedError
 from fedmix.errors import DataError
 
@@ -38,8 +38,7 @@ def open_openi(root: Path, options: SourceOptions) -> Source:
     if not found:
         raise DataError(f"the root folder has no Open-i reports; give the folder that holds {ARCHIVE} or ecgen-radiology")
     heads = {name for record in found if isinstance(record, Record) for name in record.labels}
-    named = sorted(heads - _NOT_INDEXED - {"normal"})
-    names = tuple(named) if options.label_names is None else options.label_names
+    names = found_labels(heads - _NOT_INDEXED - {"normal"}, options.label_names)
     records = [record if isinstance(record, Refusal) else replace(record, labels=_labels(record, names)) for record in found]
     no_images = "There are no images (CXR*.png) in the root or its folder NLMCXR_png: only reports are used."
     return Source(

@@ -21,7 +21,7 @@ from pathlib import Path
 from fedmix.data import phi
 from fedmix.data.layouts import sheets
 from fedmix.data.layouts.paths import path_parts
-from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source, SourceOptions, view_named
+from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source, SourceOptions, found_labels, view_named
 from fedmix.data.quarantine import RefusedError
 from fedmix.data.reports import decode
 
@@ -38,8 +38,8 @@ _FOLDER = re.compile(r"\d{1,3}(?:\.0)?")
 def open_padchest(root: Path, options: SourceOptions) -> Source:
     """The layout ``padchest``."""
     studies = _studies(sheets.needed(root, TABLE, "PADCHEST_*.csv"), options)
-    named = sorted({name for record in studies.values() if isinstance(record, Record) for name in record.labels})
-    names = tuple(named) if options.label_names is None else options.label_names
+    named = (name for record in studies.values() if isinstance(record, Record) for name in record.labels)
+    names = found_labels(named, options.label_names)
     records = [each if isinstance(each, Refusal) else replace(each, labels=_filled(each, names)) for each in studies.values()]
     return Source(
         root=root,

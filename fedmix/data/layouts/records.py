@@ -5,7 +5,7 @@ Nothing here has opened an image. A reader says where pictures and reports lie; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from fedmix.data.quarantine import RefusedError
 from fedmix.errors import DataError
 
+MAX_LABELS = 512
 TRAIN_OR_VAL = "train_val"  # an official list that leaves the validation set to whoever trains
 
 _SPLIT_NAMES = {
@@ -90,6 +91,12 @@ class SourceOptions:
     fallback_encoding: str | None = None
     reports: Path | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            b"a".decode(self.fallback_encoding or "utf-8")
+        except (LookupError, UnicodeDecodeError):
+            raise DataError("the encoding is none that Python knows; name one such as cp1252 or latin-1") from None
+
 
 @dataclass(frozen=True)
 class Source:
@@ -133,6 +140,16 @@ def label_value(cell: str) -> int:
         return _LABEL_VALUES[cell.strip()]
     except KeyError:
         raise RefusedError("label_unreadable") from None
+
+
+def found_labels(named: Iterable[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The findings to keep of a data set that names them as it goes."""
+    if wanted is not None:
+        return wanted
+    names = tuple(sorted(set(named)))
+    if len(names) > MAX_LABELS:
+        raise DataError(f"the data set names {len(names)} findings, more than {MAX_LABELS}; give the list of those to keep")
+    return names
 
 
 def chosen_labels(known: tuple[str, ...], wanted: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedmix.data import phi
 from fedmix.data.layouts.records import (
+    MAX_LABELS,
     Picture,
     Record,
     Refusal,
@@ -29,7 +30,6 @@ from fedmix.data.quarantine import RefusedError
 from fedmix.data.reports import decode
 from fedmix.errors import DataError
 
-MAX_LABELS = 512
 MAX_LABEL_LENGTH = 80  # longer is a sentence, not a finding
 
 

@@ -49,6 +49,8 @@ def prepare(
     are bad, or if table or disk fail; then there is no shard, and an older one is untouched.
     """
     start = time.monotonic()
+    if source.join is not None and not options.wants_image:
+        raise DataError("DICOM files hold no reports; for a shard of texts alone prepare their table with the layout table")
     writer = ShardWriter(
         out,
         image_size=options.image.size,

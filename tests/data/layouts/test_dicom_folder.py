@@ -110,6 +110,17 @@ def test_a_table_that_cannot_be_joined_is_refused_without_quoting_it(root: Path,
         open_source("dicom", root, SourceOptions(reports=tmp_path / "none.csv"))
 
 
+def test_texts_alone_are_no_matter_of_dicom_files(root: Path) -> None:
+    with pytest.raises(DataError, match="with the layout table"):
+        prepared("dicom", root, stream="text")
+
+
+def test_an_encoding_that_there_is_not_is_refused() -> None:
+    for name in ("klingon", "rot13", "zip"):
+        with pytest.raises(DataError, match="none that Python knows"):
+            SourceOptions(fallback_encoding=name)
+
+
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no files"):
