@@ -22,6 +22,9 @@ def do(job: tuple[str, int]) -> bytes:
     if what == "hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))  # not even an alarm
         time.sleep(600)
+    if what == "spin":
+        while True:
+            sum(range(10_000_000))
     if what == "grow":
         return bytes(np.ones(number << 20, np.uint8))
     if what == "refuse":

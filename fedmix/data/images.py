@@ -89,7 +89,7 @@ def decode_grey(data: bytes, *, needed: int | None = None, gates: Gates | None =
     With ``needed``, a JPEG may come back reduced by a power of two while both sides stay at least twice that many pixels:
     its cosine transform gives the smaller image for a fraction of the time. ``gates``: what is let in of DICOM.
     """
-    if data[128:132] == b"DICM" or not data.startswith((_PNG, _JPEG)):
+    if not is_plain(data):
         from fedmix.data import dicom  # not above: pydicom takes a moment, and most sites have none of its files
 
         if dicom.is_dicom(data):
@@ -108,6 +108,11 @@ def decode_grey(data: bytes, *, needed: int | None = None, gates: Gates | None =
         # A damaged file can raise nearly anything inside a decoder, and one file must never stop a site's preparation.
         # Not chained: the decoder's message may quote the file.
         raise RefusedError("image_broken") from None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether the first bytes are those of a PNG or JPEG file; a DICOM file's preamble may pretend to be one."""
+    return data.startswith((_PNG, _JPEG)) and data[128:132] != b"DICM"
 
 
 def prepare_image(picture: Picture, options: ImageOptions) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmix.data.images import ImageOptions, decode_grey, fit_square
+from fedmix.data.images import ImageOptions, decode_grey, fit_square, is_plain
 from fedmix.data.layouts.paths import read_first
 from fedmix.data.layouts.records import Picture
 from fedmix.data.quarantine import RefusedError
@@ -37,6 +37,10 @@ class Decoded(NamedTuple):
 Decode = Callable[[Picture], Decoded]
 
 
+class NeedsWallsError(Exception):
+    """A file that turned out to be DICOM is to be decoded by a worker."""
+
+
 @dataclass(frozen=True)
 class PictureReader:
     """Reads the pictures of one source; called with a picture it gives bytes, to be sent from a worker."""
@@ -46,16 +50,18 @@ class PictureReader:
     views: frozenset[str]
     gates: Gates | None = None
 
-    def read(self, picture: Picture) -> Decoded:
-        """Open, check and decode. Raises ``RefusedError``."""
+    def read(self, picture: Picture, *, is_walled: bool = True) -> Decoded:
+        """Open, check and decode. Raises ``RefusedError``, and ``NeedsWallsError`` for DICOM where there are no walls."""
         check_view(picture.view, self.views)
         data = read_first(self.root, picture.places)
-        if picture.view is not None:
+        if picture.view is not None and (is_walled or is_plain(data)):
             return Decoded(self._square(data, picture), picture.view, None)
         from fedmix.data import dicom
 
         if not dicom.is_dicom(data):
-            raise RefusedError("not_dicom")
+            raise RefusedError("not_dicom" if picture.view is None else "image_format")
+        if not is_walled:
+            raise NeedsWallsError
         header = dicom.read_header(data)
         check_view(dicom.view_of(header), self.views)
         return Decoded(self._square(data, picture), dicom.view_of(header), header)

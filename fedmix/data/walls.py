@@ -37,6 +37,7 @@ Answer = bytes | RefusedError
 BATCH = 4  # jobs a message
 MAX_ANSWER_BYTES = 32 * 1024 * 1024  # a square of the largest size is half of it
 START_S = 120.0  # importing the decoders, on a machine that is busy with other things
+END_S = 1.0  # for a process whose pipe is closed to be gone
 PRELOADED = ("__main__", "fedmix.data.images", "fedmix.data.dicom")
 
 _READY, _DONE, _REFUSED = b"r", b"d", b"x"
@@ -44,10 +45,15 @@ _READY, _DONE, _REFUSED = b"r", b"d", b"x"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may take: memory beyond what a fresh worker holds (about 100 MiB), and seconds."""
+    """What one file may take.
+
+    ``memory_bytes``: beyond what a fresh worker holds, about 100 MiB. ``cpu_s``: of the processor, so that a machine busy with
+    other things refuses no file that an idle one reads. ``wall_s``: until an answer, for what waits without computing.
+    """
 
     memory_bytes: int = 768 * 1024 * 1024
-    seconds: float = 10.0
+    cpu_s: float = 10.0
+    wall_s: float = 120.0
 
 
 class Walls(Generic[Job]):
@@ -124,19 +130,23 @@ class _Worker(Generic[Job]):
         """End the process, from any thread; whoever waits for an answer of it is told."""
         with self._lock:
             self._is_stopped = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
             if self._process is not None:
                 self._process.kill()
 
     def _receive(self, connection: Connection) -> Answer:
         """The next answer; without one, or where memory ran out, the process is ended."""
         try:
-            if not connection.poll(self._limits.seconds):
+            if not connection.poll(self._limits.wall_s):
+                self._kill()
                 self._end()
                 return RefusedError("decoder_timeout")
             answer = connection.recv_bytes(MAX_ANSWER_BYTES)
         except (EOFError, OSError):
-            self._end()
-            return RefusedError("decoder_crashed")
+            return RefusedError("decoder_timeout" if self._end() == -signal.SIGPROF else "decoder_crashed")
         kind, content = answer[:1], answer[1:]
         if kind == _DONE:
             return content
@@ -161,15 +171,20 @@ class _Worker(Generic[Job]):
         self._end()
         raise DataError("a worker process for decoding images could not be started; see whether memory is left")
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """End the process, if it has not; what it ended with, a signal as a negative number."""
         with self._lock:
             process, connection = self._process, self._connection
             self._process = self._connection = None
         if connection is not None:
             connection.close()
-        if process is not None:
-            process.kill()
-            process.join()
+        if process is None:
+            return None
+        if connection is not None:
+            process.join(END_S)  # its end of the pipe is closed: most likely it is gone already, by a signal that tells why
+        process.kill()
+        process.join()
+        return process.exitcode
 
 
 def _serve(connection: Connection, work: Callable[[Job], bytes], limits: Limits) -> None:
@@ -179,9 +194,11 @@ def _serve(connection: Connection, work: Callable[[Job], bytes], limits: Limits)
     with contextlib.suppress(EOFError, OSError):
         while True:
             for job in connection.recv():
-                # If nobody is left to end this process, the alarm does, even in the middle of C code.
-                signal.setitimer(signal.ITIMER_REAL, 2 * limits.seconds)
+                # Nothing handles these signals: they end the process in the middle of C code, whether anyone waits or not.
+                signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+                signal.setitimer(signal.ITIMER_REAL, 2 * limits.wall_s)
                 answer = _answer(work, job)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 connection.send_bytes(answer)
 
@@ -210,6 +227,8 @@ def _wall_in(limits: Limits) -> None:
         hard = resource.getrlimit(what)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (limit, limit))
+    # The C library keeps freed blocks up to the largest it has seen; else each file would have its pages cleared anew.
+    bytes(31 << 20)
 
 
 def _held_bytes() -> int:

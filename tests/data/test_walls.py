@@ -22,7 +22,7 @@ from fedmix.data.squares import DicomReader, SquareReader
 from fedmix.data.walls import Limits, Walls
 from fedmix.errors import DataError
 
-TIGHT = Limits(memory_bytes=256 << 20, seconds=5.0)
+TIGHT = Limits(memory_bytes=256 << 20, cpu_s=2.0, wall_s=10.0)
 
 
 def outcome(answer):
@@ -36,7 +36,18 @@ def outcomes(jobs, workers=2):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_whatever_a_worker_dies_of_is_a_code_and_the_order_is_kept(workers):
-    odd = {3: "crash", 7: "leave", 12: "grow", 13: "refuse", 21: "break", 22: "crash", 23: "crash", 30: "write", 33: "hang"}
+    odd = {
+        3: "crash",
+        7: "leave",
+        12: "grow",
+        13: "refuse",
+        21: "break",
+        22: "crash",
+        23: "crash",
+        30: "write",
+        33: "hang",
+        37: "spin",
+    }
     jobs = [(odd.get(number, "answer"), 512 if number == 12 else number) for number in range(40)]
     wanted = {
         "crash": "decoder_crashed",
@@ -46,6 +57,7 @@ def test_whatever_a_worker_dies_of_is_a_code_and_the_order_is_kept(workers):
         "break": "decoder_crashed",
         "write": "decoder_crashed",
         "hang": "decoder_timeout",
+        "spin": "decoder_timeout",
     }
     started = time.monotonic()
     assert outcomes(jobs, workers) == [wanted[odd[number]] if number in odd else str(number) for number in range(40)]
@@ -96,7 +108,7 @@ import os, sys
 from misdeeds import do
 from fedmix.data.walls import Limits, Walls
 if __name__ == "__main__":
-    walls = Walls(do, workers=1, limits=Limits(seconds=1.0))
+    walls = Walls(do, workers=1, limits=Limits(wall_s=1.0))
     print(next(walls.map([("pid", 0)])).decode(), flush=True)
     walls._workers[0]._connection.send([("sleep", 600)])
     os._exit(0)

@@ -29,7 +29,7 @@ def read_pixels(data: bytes, *, gates: Gates | None = None) -> NDArray[np.uint8]
         header = header_of(dataset)
         check(header, gates or Gates())
         pixels = _decode(dataset, header)
-        return _through(grey_table(dataset, header, lambda: _count(pixels, header)), pixels, header)
+        return _through(grey_table(dataset, header, lambda: _count(pixels, header)), pixels)
 
 
 def _decode(dataset: FileDataset, header: Header) -> NDArray[Any]:
@@ -55,24 +55,29 @@ def _check_length(encoded: bytes, header: Header) -> None:
         raise RefusedError("dicom_size_mismatch")
 
 
-def _patterns(pixels: NDArray[Any], header: Header) -> Iterator[NDArray[Any]]:
-    """The stored bits of the pixels as unsigned numbers, block by block: what is above them is not part of the image."""
+def _patterns(pixels: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The bits of the pixels as unsigned numbers of this machine's byte order, block by block."""
     flat = pixels.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         native = block.astype(block.dtype.newbyteorder("="), copy=False)
-        yield native.view(f"u{native.itemsize}") & ((1 << header.bits_stored) - 1)
+        yield native.view(f"u{native.itemsize}")
 
 
 def _count(pixels: NDArray[Any], header: Header) -> NDArray[np.int64]:
-    counts = np.zeros(1 << header.bits_stored, np.int64)
-    for block in _patterns(pixels, header):
+    """[2 ** bits_stored]: how many pixels have each pattern of stored bits; those above are not part of the image."""
+    counts = np.zeros(1 << 8 * pixels.itemsize, np.int64)
+    for block in _patterns(pixels):
         counts += np.bincount(block, minlength=len(counts))
-    return counts
+    folded: NDArray[np.int64] = counts.reshape(-1, 1 << header.bits_stored).sum(axis=0)
+    return folded
 
 
-def _through(table: NDArray[np.uint8], pixels: NDArray[Any], header: Header) -> NDArray[np.uint8]:
+def _through(table: NDArray[np.uint8], pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Look every pixel up; bits above those stored change nothing, since the table is repeated for each of their values."""
+    repeated = np.tile(table, (1 << 8 * pixels.itemsize) // len(table))
     grey = np.empty(pixels.size, np.uint8)
-    for number, block in enumerate(_patterns(pixels, header)):
-        grey[number * _BLOCK : number * _BLOCK + block.size] = table[block]
+    for number, block in enumerate(_patterns(pixels)):
+        part = grey[number * _BLOCK : number * _BLOCK + block.size]
+        np.take(repeated, block, out=part, mode="clip")  # nothing is beyond; the default would fill another array first
     return grey.reshape(pixels.shape)
