@@ -25,8 +25,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from fedmix.data import phantom
 from fedmix.data.images import ImageOptions
+from fedmix.data.layouts.records import Picture
+from fedmix.data.pictures import PictureReader
 from fedmix.data.quarantine import RefusedError
-from fedmix.data.squares import SquareReader
 from fedmix.data.walls import Walls
 from fedmix.errors import RunError
 from simulations.bench import Line
@@ -44,7 +45,7 @@ def speed(workers: int, *, num_pictures: int = NUM_PICTURES, shape: tuple[int, i
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = write_files(folder, num_pictures, shape)
-        reader = SquareReader(folder, options)
+        reader = PictureReader(folder, options, frozenset({"unknown"}))
         with Walls(reader, workers=workers) as walls:
             _walled(walls, reader, list(islice(repeat(names[0]), 16 * workers)))  # so many that each worker is started
             _plain(folder, names[:1])
@@ -130,11 +131,12 @@ def _plain(folder: Path, names: Sequence[str]) -> None:
         Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def _walled(walls: Walls[str], reader: SquareReader, names: Sequence[str]) -> None:
-    for answer in walls.map(names):
+def _walled(walls: Walls[Picture], reader: PictureReader, names: Sequence[str]) -> None:
+    pictures = [Picture((name,), view=None) for name in names]  # so that headers are read too, as for a folder of DICOM
+    for picture, answer in zip(pictures, walls.map(pictures), strict=True):
         if isinstance(answer, RefusedError):
             raise RunError(f"the bench's own file was refused: {answer.code}")
-        reader.square(answer)
+        reader.received(picture, answer)
 
 
 def _timed(work: Callable[[], None]) -> float:

@@ -17,8 +17,9 @@ from radiographs import file_of, marked
 
 from fedmix.data import dicom
 from fedmix.data.images import ImageOptions, read_image
+from fedmix.data.layouts.records import Picture
+from fedmix.data.pictures import PictureReader
 from fedmix.data.quarantine import RefusedError
-from fedmix.data.squares import DicomReader, SquareReader
 from fedmix.data.walls import Limits, Walls
 from fedmix.errors import DataError
 
@@ -128,13 +129,19 @@ def test_a_worker_without_a_parent_ends_by_itself(tmp_path):
 
 
 def test_what_a_worker_sends_is_measured_before_it_is_believed(tmp_path):
-    reader = SquareReader(tmp_path, ImageOptions(size=32))
-    both = DicomReader(tmp_path, ImageOptions(size=32))
-    for wrong in (b"", bytes(1023), bytes(1025)):
+    reader = PictureReader(tmp_path, ImageOptions(size=32), frozenset({"PA"}))
+    given, asked = Picture(("a",), view="PA"), Picture(("a",), view=None)
+    header = dicom.read_header(file_of(marked())).to_bytes()
+    for picture, wrong in (
+        (given, b""),
+        (given, b"\n" + bytes(1023)),
+        (given, header + b"\n" + bytes(1024)),
+        (asked, b"\n" + bytes(1024)),
+        (asked, header + b"\n" + bytes(1025)),
+        (asked, b"{}\n" + bytes(1024)),
+    ):
         with pytest.raises(RefusedError, match="process that decoded the file died"):
-            reader.square(wrong)
-        with pytest.raises(RefusedError, match="process that decoded the file died"):
-            both.parts(wrong + b"\n" + bytes(1024))
+            reader.received(picture, wrong)
     with Walls(lie, workers=1, limits=TIGHT) as walls:
         (answer,) = walls.map([bytes(33 << 20)])
     assert outcome(answer) == "decoder_crashed"
@@ -142,22 +149,18 @@ def test_what_a_worker_sends_is_measured_before_it_is_believed(tmp_path):
 
 def test_squares_and_headers_from_behind_the_walls_are_those_from_before_them(tmp_path):
     options = ImageOptions(size=32)
-    files = {f"{number}.dcm": file_of(marked(bits=12) + number) for number in range(6)}
+    files = {f"{number}.dcm": file_of(marked() + number) for number in range(6)}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    names = [*files, "missing.dcm", "../6.dcm"]
-    squares = SquareReader(tmp_path, options)
-    with Walls(squares, workers=2) as walls:
-        *good, missing, outside = walls.map(names)
+    reader = PictureReader(tmp_path, options, frozenset({"PA"}))
+    pictures = [Picture((name,), view=None) for name in (*files, "missing.dcm", "../6.dcm")]
+    with Walls(reader, workers=2) as walls:
+        *good, missing, outside = walls.map(pictures)
     assert [outcome(missing), outcome(outside)] == ["file_missing", "path_parent"]
-    for data, answer in zip(files.values(), good, strict=True):
-        assert np.array_equal(squares.square(answer), read_image(data, options))
-    both = DicomReader(tmp_path, options)
-    with Walls(both, workers=2) as walls:
-        for data, answer in zip(files.values(), walls.map(files), strict=True):
-            header, square = both.parts(answer)
-            assert header == dicom.read_header(data)
-            assert np.array_equal(square, read_image(data, options))
+    for picture, data, answer in zip(pictures, files.values(), good, strict=False):
+        decoded = reader.received(picture, answer)
+        assert decoded.header == dicom.read_header(data)
+        assert np.array_equal(decoded.image, read_image(data, options))
 
 
 def test_a_machine_that_cannot_start_a_worker_is_an_error_of_its_own(monkeypatch):
