@@ -2,7 +2,3 @@
 
 One file a data set; ``records.py`` has the shared words, ``paths.py`` opens what a cell names, ``registry.py`` knows all.
 """
-
-from fedmix.data.layouts.paths import open_inside, read_inside
-
-__all__ = ["open_inside", "read_inside"]
