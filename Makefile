@@ -33,7 +33,7 @@ compare: $(STAMP)  ## more baselines beside the main method (long)
 
 shards/open/%: $(STAMP)
 	mkdir -p shards/open
-	$(BIN)/fedmix prepare table $(OPEN_DATA) --size 96 --max-words 128 --key-file shards/open.key --out $@ --replace $(ARGUMENTS_$*)
+	$(BIN)/fedmix prepare table $(OPEN_DATA) --size 96 --max-words 128 --sections whole --phi count --key-file shards/open.key --out $@ --replace $(ARGUMENTS_$*)
 ARGUMENTS_iu := --csv reports-only.csv --stream text
 ARGUMENTS_nih := --csv images-only.csv --stream image
 ARGUMENTS_covid := --csv paired.csv --stream paired --labels none

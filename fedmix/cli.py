@@ -16,33 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from fedmix import config
+from fedmix.commands.consoles import error_console, out_console
+from fedmix.commands.prepare import prepare
+from fedmix.commands.shard import shard_app
 from fedmix.errors import ConfigError, FedmixError
 
 if TYPE_CHECKING:
     from fedmix.report.terminal import LiveView
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-prepare_app = typer.Typer(
-    no_args_is_help=True,
-    help="Real files to a prepared, de-identified shard.\n\nExample:  fedmix prepare table data/nih --out shards/nih",
-)
 config_app = typer.Typer(
     no_args_is_help=True, help="Look at experiment files.\n\nExample:  fedmix config show configs/demo.yaml"
 )
-app.add_typer(prepare_app, name="prepare")
+app.command()(prepare)
+app.add_typer(shard_app, name="shard")
 app.add_typer(config_app, name="config")
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 STOPPED = "fedmix: stopped; a run goes on with --resume"
-
-out_console = Console()
-error_console = Console(stderr=True)
 
 
 class Engine(StrEnum):
@@ -51,14 +47,6 @@ class Engine(StrEnum):
     inprocess = "inprocess"
     ray = "ray"
     superlink = "superlink"
-
-
-class StreamChoice(StrEnum):
-    """What a shard keeps of each row."""
-
-    image = "image"
-    text = "text"
-    paired = "paired"
 
 
 class Screen:
@@ -147,89 +135,6 @@ def _show_warm_start(experiment: config.Experiment) -> None:
     _, report = warm_started(experiment, Tokenizer.load(experiment.data.tokenizer))
     if report is not None:
         out_console.print(warm_start_table(report))
-
-
-@prepare_app.command("table")
-def prepare_table(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="folder with the CSV and the images it names")],
-    out: Annotated[Path, typer.Option(help="the shard's folder")],
-    csv: Annotated[Path | None, typer.Option(help="the table below ROOT; its only CSV if left out")] = None,
-    stream: Annotated[StreamChoice | None, typer.Option(help="keep only this kind; everything if left out")] = None,
-    size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
-    fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
-    normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
-    max_words: Annotated[int, typer.Option(min=4, max=512, help="token ids kept of a report")] = 128,
-    image_column: str = "image",
-    text_column: str = "text",
-    label_column: str = "labels",
-    patient_column: str = "patient_id",
-    split_column: str = "split",
-    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated, or none; all if left out")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")] = None,
-    key_file: Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")] = Path(
-        "site.key"
-    ),
-    max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
-    workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
-    replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
-) -> None:
-    """Prepare a CSV with image and/or text columns, and its image folder (PNG or JPEG, 8 or 16 bit).
-
-    Example:  fedmix prepare table data/nih --csv images.csv --stream image --size 96 --out shards/nih
-    """
-    from fedmix.data import prepare as preparing
-    from fedmix.data.images import ImageOptions
-    from fedmix.data.layouts import TableColumns
-    from fedmix.data.tokenizer import Tokenizer
-
-    options = preparing.TableOptions(
-        csv=csv,
-        columns=TableColumns(
-            image=image_column, text=text_column, labels=label_column, patient=patient_column, split=split_column
-        ),
-        image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
-        stream=stream.value if stream else None,
-        max_words=max_words,
-        label_names=_label_names(labels),
-        max_bad_share=max_bad_share,
-        replace=replace,
-    )
-    columns = (TextColumn("preparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal) as progress:
-        task = progress.add_task("rows", total=None)
-        summary = preparing.prepare_table(
-            root,
-            out,
-            options=options,
-            tokenizer=Tokenizer.load(tokenizer),
-            key=preparing.site_key(key_file),
-            workers=workers,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    out_console.print(_summary_table(summary, out))
-
-
-def _label_names(labels: str | None) -> tuple[str, ...] | None:
-    """The findings that ``--labels`` asks for; None takes all that the table names."""
-    if labels is None:
-        return None
-    return () if labels == "none" else tuple(name.strip() for name in labels.split(","))
-
-
-def _summary_table(summary: Any, out: Path) -> Table:
-    table = Table(title=Text(f"{out}: {summary.studies} studies of {summary.rows} rows in {summary.seconds:.1f} s"), box=None)
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    for stream, count in summary.written.items():
-        table.add_row(f"{stream} studies", str(count))
-    table.add_row("patients", str(summary.num_patients))
-    for split, count in summary.splits.items():
-        table.add_row(f"split {split}", str(count))
-    for code, count in summary.quarantined.items():
-        table.add_row(Text(f"left out: {code}", style="yellow"), str(count))
-    for note in summary.notes:
-        table.add_row(Text(note, style="dim"), "")
-    return table
 
 
 @app.command()

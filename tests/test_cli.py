@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 from fedmix import cli, config
+from fedmix.commands.prepare import LayoutChoice
+from fedmix.data.layouts.registry import LAYOUTS
 from server.model_folder import save_model
 from server.store import RunStore
 
@@ -77,7 +79,16 @@ def test_every_command_has_help_with_an_example(path: tuple[str, ...], run: Run)
 
 
 def test_the_commands_of_the_design_are_there() -> None:
-    assert {("simulate",), ("prepare", "table"), ("evaluate",), ("report",), ("compare",), ("bench",), ("export",)} <= set(ALL)
+    assert {
+        ("simulate",),
+        ("prepare",),
+        ("shard", "check"),
+        ("evaluate",),
+        ("report",),
+        ("compare",),
+        ("bench",),
+        ("export",),
+    } <= set(ALL)
 
 
 def test_help_comes_without_importing_the_heavy_rooms() -> None:
@@ -345,6 +356,52 @@ def test_a_missing_table_is_one_sentence(run: Run, tmp_path: Path) -> None:
     sentence(run("prepare", "table", "nowhere", "--out", "shard"))
     (tmp_path / "data").mkdir()
     sentence(run("prepare", "table", "data", "--out", "shard"))
+
+
+def test_the_layouts_of_the_command_are_those_there_are() -> None:
+    assert [choice.value for choice in LayoutChoice] == list(LAYOUTS)
+
+
+def test_options_of_the_table_are_refused_elsewhere(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for option in ("--csv", "--text-column"):
+        assert "for the layout table; nih14 knows its own" in sentence(
+            run("prepare", "nih14", "data", "--out", "s", option, "x")
+        )
+
+
+def test_a_data_set_is_prepared_by_its_layout(run: Run, tmp_path: Path) -> None:
+    report = (
+        '<eCitation><uId id="CXR{0}"/><AbstractText Label="FINDINGS">Seen {1}.</AbstractText>'
+        "<AbstractText Label='INDICATION'>Cough.</AbstractText></eCitation>"
+    )
+    (tmp_path / "data/ecgen-radiology").mkdir(parents=True)
+    for number, when in enumerate(("XXXX", "again", "12/03/2019"), start=1):
+        (tmp_path / f"data/ecgen-radiology/{number}.xml").write_text(report.format(number, when))
+    code, out, err = run("prepare", "openi", "data", "--out", "shard", "--max-bad-share", "0.5", "--workers", 1)
+    assert (code, err) == (0, "")
+    assert "shard: 2 studies of 3 rows" in out
+    assert "left out: phi_date" in out
+    code, out, _ = run("prepare", "openi", "data", "--out", "shard", "--phi", "count", "--sections", "indication", "--replace")
+    assert "shard: 3 studies of 3 rows" in out
+    assert "phi_date" not in out  # the section that holds it was not taken
+
+
+# ---- shard check
+
+
+def test_a_sites_shards_are_checked_together(run: Run, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        table(tmp_path / name, 5, 0)
+        assert run("prepare", "table", name, "--out", f"{name}-shard", "--size", "48", "--workers", 1)[0] == 0
+    code, out, err = run("shard", "check", "one-shard", "two-shard")
+    assert (code, err) == (0, "")
+    assert "one-shard: 5 studies of 5 patients" in out
+    assert "5 patients stand in more than one" in out
+    with (tmp_path / "two-shard/images.npy").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x07")
+    assert "does not have the hash it was written with" in sentence(run("shard", "check", "one-shard", "two-shard"))
 
 
 # ---- evaluate

@@ -1,5 +1,6 @@
-"""A PNG or JPEG file -> one square of grey values, uint8 [S, S], the way a reader would see it on a screen.
+"""A PNG, JPEG or DICOM file -> one square of grey values, uint8 [S, S], the way a reader would see it on a screen.
 
+- What a file is, its first bytes say, never its name. DICOM has a package of its own (fedmix.data.dicom).
 - Files are opened by Pillow's PNG and JPEG readers themselves, not by ``Image.open``: no other format can be reached, and
   the pixel limit is ours, checked on the header before a pixel is decoded, without Pillow's process-wide setting.
 - 16-bit values are stretched between the 0.5th and 99.5th percentile, since the stored range says little about what was
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from PIL.PngImagePlugin import PngImageFile
 
 from fedmix.data.quarantine import RefusedError
 from fedmix.errors import DataError
+
+if TYPE_CHECKING:
+    from fedmix.data.dicom import Gates
 
 Fit = Literal["pad", "crop"]
 Border = Literal["black", "edge"]
@@ -34,6 +38,7 @@ MIN_SIDE = 16  # pixels; anything thinner is an icon or a strip, not a radiograp
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.5, 99.5
 STANDARD_MEAN, STANDARD_STD = 0.5, 0.2  # 0..1 then spans two and a half standard deviations each way
 
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,17 +78,22 @@ class ImageOptions:
                 raise DataError(f"image option {name} is {value!r}; it is one of {', '.join(known)}")
 
 
-def read_image(data: bytes, options: ImageOptions) -> NDArray[np.uint8]:
-    """The bytes of a PNG or JPEG file -> [S, S]. Raises ``RefusedError`` with the reason code."""
-    return fit_square(decode_grey(data, needed=options.size), options)
+def read_image(data: bytes, options: ImageOptions, *, gates: Gates | None = None) -> NDArray[np.uint8]:
+    """The bytes of a PNG, JPEG or DICOM file -> [S, S]. Raises ``RefusedError`` with the reason code."""
+    return fit_square(decode_grey(data, needed=options.size, gates=gates), options)
 
 
-def decode_grey(data: bytes, *, needed: int | None = None) -> NDArray[np.uint8]:
+def decode_grey(data: bytes, *, needed: int | None = None, gates: Gates | None = None) -> NDArray[np.uint8]:
     """Decode to upright grey values [H, W].
 
     With ``needed``, a JPEG may come back reduced by a power of two while both sides stay at least twice that many pixels:
-    its cosine transform gives the smaller image for a fraction of the time.
+    its cosine transform gives the smaller image for a fraction of the time. ``gates``: what is let in of DICOM.
     """
+    if not is_plain(data):
+        from fedmix.data import dicom  # not above: pydicom takes a moment, and most sites have none of its files
+
+        if dicom.is_dicom(data):
+            return dicom.read_pixels(data, gates=gates)
     try:
         image = _open(data)
         _check_size(image)
@@ -92,16 +102,23 @@ def decode_grey(data: bytes, *, needed: int | None = None) -> NDArray[np.uint8]:
         return _upright(image)
     except RefusedError:
         raise
+    except MemoryError:
+        raise RefusedError("decoder_memory") from None
     except Exception:
         # A damaged file can raise nearly anything inside a decoder, and one file must never stop a site's preparation.
         # Not chained: the decoder's message may quote the file.
         raise RefusedError("image_broken") from None
 
 
+def is_plain(data: bytes) -> bool:
+    """Whether the first bytes are those of a PNG or JPEG file; a DICOM file's preamble may pretend to be one."""
+    return data.startswith((_PNG, _JPEG)) and data[128:132] != b"DICM"
+
+
 def prepare_image(picture: Picture, options: ImageOptions) -> NDArray[np.uint8]:
     """A picture in a program's hands -> [S, S], as ``read_image`` makes it of the file. DataError where it is none.
 
-    Bytes are a PNG or JPEG file. An array is one grey image [H, W]: uint8, uint16 (stretched, as 16-bit files are), or
+    Bytes are a PNG, JPEG or DICOM file. An array is one grey image [H, W]: uint8, uint16 (stretched, as 16-bit files are), or
     floats in 0..1. A large JPEG that Pillow opened is decoded in full, one handed over as bytes as the shards' were.
     """
     if isinstance(picture, bytes):
@@ -144,9 +161,9 @@ def stretch(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
 
 def _open(data: bytes) -> PngImageFile | JpegImageFile:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         return PngImageFile(BytesIO(data))
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         return JpegImageFile(BytesIO(data))
     raise RefusedError("image_format")
 

@@ -38,6 +38,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from fedmix.data.deidentification import Deidentification
+from fedmix.data.keys import mark_of
 from fedmix.data.quarantine import REASONS
 from fedmix.disk import flush
 from fedmix.errors import DataError
@@ -51,10 +53,6 @@ SPLITS = ("train", "val", "test")
 VIEWS = ("PA", "AP", "lateral", "unknown")
 MEMBERS = ("studies.parquet", "images.npy", "tokens.npy", "offsets.npy", "quarantine.jsonl")
 MIN_KEY_BYTES = 16
-DEIDENTIFICATION = (
-    "Patient and study identifiers are HMAC-SHA256 hashes under a key that stays at the site. Kept besides: grey values, token "
-    "ids of the cleaned text, split, view and findings. Pixels and texts were not searched for names or dates."
-)
 
 _FLUSH_STUDIES = 256
 _STUDIES = pa.schema(
@@ -90,7 +88,10 @@ class TokenizerMark(_Border):
 
 
 class Manifest(_Border):
-    """What shard.json says. ``streams`` counts studies by what they have, ``splits`` by where they belong."""
+    """What shard.json says. ``streams`` counts studies by what they have, ``splits`` by where they belong.
+
+    ``languages`` counts texts by language (ISO 639-1) where it is known. ``key_mark`` is alike in shards of one site key.
+    """
 
     schema_version: int = Field(alias="schema")
     num_studies: NonNegativeInt
@@ -103,8 +104,10 @@ class Manifest(_Border):
     label_names: list[str]
     tokenizer: TokenizerMark
     files: dict[str, MemberFile]
-    deidentification: str
+    deidentification: Deidentification | str  # a sentence in shards of before 2026-11
     quarantine: dict[str, NonNegativeInt]
+    languages: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    key_mark: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +261,7 @@ class ShardWriter:
         self._label_column = {name: column for column, name in enumerate(label_names)}
         self._pending: list[_Study] = []
         self._streams, self._splits, self._quarantine = Counter[str](), Counter[str](), Counter[str]()
+        self._deidentification, self._languages = Deidentification(), Counter[str]()
 
     def __enter__(self) -> Self:
         self._goal.parent.mkdir(parents=True, exist_ok=True)
@@ -292,17 +296,19 @@ class ShardWriter:
         labels: Mapping[str, int] | None = None,
         view: str = "unknown",
         split: str | None = None,
+        never_test: bool = False,
     ) -> None:
         """Add one study: ``image`` uint8 [S, S] or None, ``text`` cleaned or None, ``labels`` finding -> 1, 0, -1 (not known).
 
-        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``.
+        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``. Where ``split`` is None it is drawn, with
+        ``never_test`` between train and val only.
         """
         row = [-1] * len(self._label_names)
         for name, value in (labels or {}).items():
             if name not in self._label_column:
                 raise DataError(f"a study names a finding that is not among the {len(self._label_names)} of the shard")
             row[self._label_column[name]] = value
-        place = self._split_of(patient) if split is None else split
+        place = self._split_of(patient, never_test=never_test) if split is None else split
         self._add(_Study(patient, study, place, view, image, text, row))
 
     def quarantine(self, code: str, count: int = 1) -> None:
@@ -310,6 +316,10 @@ class ShardWriter:
         if code not in REASONS:
             raise DataError("a quarantine code is not in the list of reasons; add it there, so that no content can be one")
         self._quarantine[code] += count
+
+    def describe(self, deidentification: Deidentification, *, languages: Mapping[str, int]) -> None:
+        """Say how patients were protected, and how many texts are in which language ("" where it is not known)."""
+        self._deidentification, self._languages = deidentification, Counter(languages)
 
     def _add(self, study: _Study) -> None:
         """Check and queue a study; an identifier leaves this method only as its hash."""
@@ -325,8 +335,11 @@ class ShardWriter:
         # 128 bits are plenty against chance, and half the bytes.
         return hmac.digest(self._key, f"{purpose}\0{value}".encode(errors="surrogatepass"), "sha256")[:16].hex()
 
-    def _split_of(self, patient: str) -> str:
+    def _split_of(self, patient: str, *, never_test: bool = False) -> str:
         position = int(self._hash("split", patient), 16) / 16**32
+        if never_test:
+            train, val, _ = self._shares
+            return "train" if position * (train + val) < train or not train + val else "val"
         if position < self._shares[0]:
             return "train"
         return "val" if position < self._shares[0] + self._shares[1] else "test"
@@ -373,8 +386,10 @@ class ShardWriter:
             "label_names": self._label_names,
             "tokenizer": {"fingerprint": self._tokenizer.fingerprint, "vocab_size": self._tokenizer.vocab_size},
             "files": {name: _member_entry(self._folder / name) for name in MEMBERS},
-            "deidentification": DEIDENTIFICATION,
+            "deidentification": self._deidentification.model_dump(),
             "quarantine": counts,
+            "languages": {lang: count for lang, count in sorted(self._languages.items()) if lang},
+            "key_mark": mark_of(self._key),
         }
         sealed = {**content, "seal": _seal_of(content)}
         (self._folder / "shard.json").write_text(json.dumps(sealed, indent=2, ensure_ascii=True) + "\n")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from simulations.bench import Line, federation, step
+from simulations.bench import Line, federation, prepare, step
 
-BENCHES: dict[str, dict[str, Callable[[], Line]]] = {"step": step.CASES, "federation": federation.CASES}
+BENCHES: dict[str, dict[str, Callable[[], Line]]] = {
+    "step": step.CASES,
+    "federation": federation.CASES,
+    "prepare": prepare.CASES,
+}

@@ -1,5 +1,6 @@
 import ast
 import csv
+import json
 import os
 import stat
 from io import BytesIO
@@ -13,10 +14,13 @@ from PIL import Image
 
 import fedmix.data
 from fedmix.data.images import ImageOptions
-from fedmix.data.layouts import Record, Refusal, TableColumns, open_inside, open_table, table_records
-from fedmix.data.prepare import PrepareSummary, TableOptions, prepare_table, site_key
+from fedmix.data.keys import site_key
+from fedmix.data.layouts.paths import open_inside, real_root
+from fedmix.data.layouts.records import Picture, Record, Refusal, Report, SourceOptions
+from fedmix.data.layouts.table import TableColumns, TableOptions, open_table, table_records, table_source
+from fedmix.data.prepare import PrepareOptions, PrepareSummary, prepare
 from fedmix.data.quarantine import REASONS, RefusedError
-from fedmix.data.shard import Shard
+from fedmix.data.shard import Shard, _seal_of
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
@@ -35,6 +39,22 @@ def picture(number=0):
     buffer = BytesIO()
     Image.fromarray((240 - 2 * rows - 2 * columns - number % 30).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def prepare_table(root, out, *, tokenizer, workers=2, on_progress=None, **options) -> PrepareSummary:
+    """Each option goes where it belongs: to the table, to its reader, or to the preparation."""
+    table = TableOptions(**{name: options.pop(name) for name in ("csv", "columns", "delimiter") if name in options})
+    reader = {name: options.pop(name) for name in ("label_names", "fallback_encoding") if name in options}
+    source = table_source(real_root(root), SourceOptions(**reader), table)
+    return prepare(
+        source,
+        out,
+        options=PrepareOptions(**options),
+        tokenizer=tokenizer,
+        key=KEY,
+        workers=workers,
+        on_progress=on_progress,
+    )
 
 
 class Site:
@@ -66,15 +86,13 @@ class Site:
         ]
 
     def prepare(self, out="shard", workers=2, on_progress=None, **options) -> PrepareSummary:
-        options = TableOptions(**{"image": ImageOptions(size=24), "max_bad_share": 1.0, **options})
         return prepare_table(
             self.root,
             self.root / out,
-            options=options,
             tokenizer=self.tokenizer,
-            key=KEY,
             workers=workers,
             on_progress=on_progress,
+            **{"image": ImageOptions(size=24), "max_bad_share": 1.0, **options},
         )
 
     def shard(self, out="shard"):
@@ -300,10 +318,20 @@ def test_free_text_in_the_labels_column_is_not_taken_for_findings(site):
 
 
 def test_views_get_one_of_four_names(site):
-    cells = ["PA", "ap", "LL", "LATERAL", "AP_horizontal", "", "LARGE LATERAL"]
-    site.table([{"text": REPORT, "view": cell} for cell in cells])
+    cells = ["PA", "ap", "LL", "LATERAL", "AP_horizontal", "", "LARGE LATERAL", "oblique"]
+    site.table([{"image": site.image("a.png"), "view": cell} for cell in cells])
     site.prepare()
-    assert site.shard().view == ["PA", "AP", "lateral", "lateral", "AP", "unknown", "unknown"]
+    assert site.shard().view == ["PA", "AP", "lateral", "lateral", "AP", "unknown", "lateral", "unknown"]
+
+
+def test_views_that_are_not_wanted_are_counted_and_no_fault(site):
+    cells = ["PA", "AP", "LL", "LATERAL", ""]
+    site.table([{"image": site.image("a.png"), "view": cell} for cell in cells])
+    summary = site.prepare(views="frontal", max_bad_share=0.0)
+    assert summary.quarantined == {"view_lateral": 2, "view_unknown": 1}
+    assert site.shard().view == ["PA", "AP"]
+    site.prepare("more", views="frontal-or-unknown")
+    assert site.shard("more").view == ["PA", "AP", "unknown"]
 
 
 # Tables that cannot be read
@@ -349,10 +377,23 @@ def test_the_table_is_the_given_one_or_the_only_one(site):
         site.prepare("c", csv=Path("three.csv"))
 
 
-@pytest.mark.parametrize("wrong", [{"stream": "both"}, {"max_words": 1}, {"max_bad_share": 20}, {"delimiter": ""}])
+@pytest.mark.parametrize(
+    "wrong", [{"stream": "both"}, {"max_words": 1}, {"max_bad_share": 20}, {"phi": "ignore"}, {"views": "side"}]
+)
 def test_options_that_mean_nothing_are_refused(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
-        TableOptions(**wrong)
+        PrepareOptions(**wrong)
+
+
+@pytest.mark.parametrize(("sections", "said"), [((), "no section is asked for"), (("findigns",), "is called 'findigns'")])
+def test_sections_that_there_are_not_are_refused(sections, said):
+    with pytest.raises(DataError, match=said):
+        PrepareOptions(sections=sections)
+
+
+def test_a_delimiter_is_one_character():
+    with pytest.raises(DataError, match="delimiter"):
+        TableOptions(delimiter="")
 
 
 def test_a_semicolon_may_separate_the_cells(site):
@@ -362,7 +403,7 @@ def test_a_semicolon_may_separate_the_cells(site):
 
 def test_a_root_that_is_not_there_is_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="root folder is not there"):
-        prepare_table(tmp_path / "no", tmp_path / "out", options=TableOptions(), tokenizer=tokenizer, key=KEY, workers=1)
+        prepare_table(tmp_path / "no", tmp_path / "out", tokenizer=tokenizer)
 
 
 # Hostile paths
@@ -483,20 +524,28 @@ def test_poisoned_rows_are_counted_and_leave_no_trace_in_the_shard(hostile, toke
         writer = csv.writer(file)
         writer.writerow(["image", "patient_id"])
         writer.writerows([cell, f"CANARY{number}"] for number, cell in enumerate(POISON))
-    summary = prepare_table(
-        hostile,
-        hostile.parent / "shard",
-        options=TableOptions(image=ImageOptions(size=16), max_bad_share=1.0),
-        tokenizer=tokenizer,
-        key=KEY,
-        workers=2,
-    )
+    options = {"image": ImageOptions(size=16), "max_bad_share": 1.0}
+    summary = prepare_table(hostile, hostile.parent / "shard", tokenizer=tokenizer, **options)
     assert summary.studies == sum(code is None for code in POISON.values()) == 3
     assert sum(summary.quarantined.values()) == len(POISON) - 3
     for member in (hostile.parent / "shard").iterdir():
         data = member.read_bytes()
         assert not [word for word in (b"CANARY", b"passwd", b"secret", b"ok.png") if word in data], member.name
     assert "CANARY" not in repr(summary)
+
+
+@pytest.mark.parametrize("add", [True, False], ids=["besides a member", "instead of a member"])
+def test_a_manifest_that_names_another_file_opens_nothing(site, add):
+    site.table(site.paired(2))
+    site.prepare()
+    path = site.root / "shard" / "shard.json"
+    whole = json.loads(path.read_text())
+    for cell in POISON:
+        content = json.loads(json.dumps({name: value for name, value in whole.items() if name != "seal"}))
+        content["files"][cell] = content["files"]["images.npy"] if add else content["files"].pop("images.npy")
+        path.write_text(json.dumps({**content, "seal": _seal_of(content)}))
+        with pytest.raises(DataError, match="does not list the member files"):
+            Shard.open(path.parent)
 
 
 def test_a_file_beyond_the_size_limit_is_not_read(hostile):
@@ -529,14 +578,14 @@ def test_records_say_what_the_row_says(site):
     table = open_table(site.root / "table.csv", TableColumns())
     assert (table.num_rows, table.label_names) == (2, ())
     assert list(table_records(table)) == [
-        Record(2, "p", "s", "a.png", REPORT, "PA", "val", {}),
+        Record(2, "p", "s", (Picture(("a.png",), "PA"),), Report(REPORT), "val", {}),
         Refusal(3, "patient_missing"),
     ]
 
 
 def test_every_code_that_is_raised_is_in_the_list_of_reasons():
     raised = set()
-    for source in Path(fedmix.data.__path__[0]).glob("*.py"):
+    for source in Path(fedmix.data.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("RefusedError", "Refusal"):
                 codes = [leaf.value for part in node.args for leaf in ast.walk(part) if isinstance(leaf, ast.Constant)]
@@ -590,8 +639,8 @@ def corpus():
     ],
 )
 def test_the_real_corpus_is_prepared_whole(corpus, tmp_path, tokenizer, name, stream, rows, splits, patients):
-    options = TableOptions(csv=Path(name), stream=stream, image=ImageOptions(size=96), max_bad_share=0.0)
-    summary = prepare_table(corpus, tmp_path / "shard", options=options, tokenizer=tokenizer, key=KEY, workers=2)
+    options = {"csv": Path(name), "stream": stream, "image": ImageOptions(size=96), "max_bad_share": 0.0, "phi": "count"}
+    summary = prepare_table(corpus, tmp_path / "shard", tokenizer=tokenizer, **options)
     assert (summary.rows, summary.written[stream], summary.studies) == (rows, rows, rows)
     assert (summary.splits, summary.num_patients, summary.quarantined) == (splits, patients, {})
 
@@ -599,8 +648,8 @@ def test_the_real_corpus_is_prepared_whole(corpus, tmp_path, tokenizer, name, st
 @pytest.mark.data
 def test_real_radiographs_stand_upright(corpus, tmp_path, tokenizer):
     """Lungs are dark and lie to both sides of a bright spine, the abdomen below is brighter than they are."""
-    options = TableOptions(csv=Path("images-only.csv"), stream="image", image=ImageOptions(size=96))
-    prepare_table(corpus, tmp_path / "shard", options=options, tokenizer=tokenizer, key=KEY, workers=2)
+    options = {"csv": Path("images-only.csv"), "stream": "image", "image": ImageOptions(size=96)}
+    prepare_table(corpus, tmp_path / "shard", tokenizer=tokenizer, **options)
     mean = Shard.open(tmp_path / "shard").images[:].mean(axis=0)
     right_lung, left_lung, spine, abdomen = mean[35:55, 22:36], mean[35:55, 62:74], mean[35:55, 44:52], mean[82:92, 30:66]
     assert max(right_lung.mean(), left_lung.mean()) < min(spine.mean(), abdomen.mean())

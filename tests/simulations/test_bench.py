@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from little import ROOT, values, write_config
 
 from fedmix import cli, config
+from fedmix.data import dicom
 from fedmix.errors import ConfigError, RunError
 from fedmix.federation.update import num_bytes
 from server import held_out as central
 from server.rounds import for_stream
-from simulations.bench import Line, federation, nvflare, trivial
+from simulations.bench import Line, federation, nvflare, prepare, trivial
 from simulations.bench.cases import BENCHES
 
 TINY = trivial.Size(num_sites=3, num_rounds=2, num_values=20_000, coding="int8")
 
 
-def checked(line: Line, case: str) -> Line:
+def checked(line: Line, case: str, bench: str = "federation") -> Line:
     """The line, which has the form that readers of benches rely on."""
     assert json.loads(json.dumps(line)) == line
     assert list(line)[:6] == ["bench", "case", "value", "unit", "against", "ratio"]
-    assert (line["bench"], line["case"]) == ("federation", case)
+    assert (line["bench"], line["case"]) == (bench, case)
     assert ("skipped" in line) == (line["ratio"] is None)
     return line
 
@@ -65,6 +67,7 @@ def test_a_bench_without_nvflare_or_without_disk_says_so_and_measures_nothing(
 
 def test_an_unknown_case_is_one_sentence_and_every_case_has_its_name() -> None:
     assert list(BENCHES["federation"]) == ["overhead", "vs_ray", "vs_nvflare", "server_memory", "bytes_up"]
+    assert list(BENCHES["prepare"]) == ["workers_1", "workers_2"]
     with pytest.raises(ConfigError, match="no case 'nosuch'; there are overhead"):
         cli.bench("federation", "nosuch")
 
@@ -81,7 +84,23 @@ def test_the_bench_of_bytes_reads_the_demo_and_the_bench_of_overhead_trains_a_vi
     )
 
 
+def test_the_files_of_the_bench_of_prepare_are_one_picture_in_every_compression(tmp_path: Path) -> None:
+    names = prepare.write_files(tmp_path, 1, (300, 240))
+    assert len(names) == 3
+    pictures = [dicom.read_pixels((tmp_path / name).read_bytes()) for name in names]
+    assert pictures[0].shape == (300, 240)
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+    assert len({dicom.read_header((tmp_path / name).read_bytes()).transfer_syntax for name in names}) == 3
+
+
 # ---- real runs, tiny
+
+
+@pytest.mark.e2e
+def test_walled_and_plain_loops_are_timed_over_the_same_files() -> None:
+    line = checked(prepare.speed(2, num_pictures=1, shape=(300, 240)), "workers_2", "prepare")
+    assert isinstance(line["ratio"], float)
+    assert line["ratio"] > 0
 
 
 @pytest.mark.e2e

@@ -1,7 +1,8 @@
 """A report as a site stores it -> one line of plain text.
 
-Nothing is rewritten, translated or split into sections here; what a reader could not see (control, bidirectional and
-zero-width characters, terminal escapes) is dropped, because it would reach tokens, logs and terminals unseen.
+Nothing is rewritten, translated or split into sections here (``sections.py`` does that); what a reader could not see
+(control, bidirectional and zero-width characters, terminal escapes) is dropped, because it would reach tokens, logs and
+terminals unseen.
 """
 
 from __future__ import annotations

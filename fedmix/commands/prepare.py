@@ -1,0 +1,197 @@
+"""`fedmix prepare`: a site's files become a shard."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedmix.commands.consoles import error_console, out_console
+from fedmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmix.data.layouts.records import Source, SourceOptions
+    from fedmix.data.prepare import PrepareSummary
+
+
+class LayoutChoice(StrEnum):
+    """How the files lie; the names of ``fedmix.data.layouts.registry``, here so that --help imports no reader."""
+
+    chexpert = "chexpert"
+    dicom = "dicom"
+    mimic_cxr = "mimic-cxr"
+    mimic_cxr_jpg = "mimic-cxr-jpg"
+    nih14 = "nih14"
+    openi = "openi"
+    padchest = "padchest"
+    table = "table"
+
+
+class StreamChoice(StrEnum):
+    """What a shard keeps of each study."""
+
+    image = "image"
+    text = "text"
+    paired = "paired"
+
+
+class PhiChoice(StrEnum):
+    """What happens to a text that still holds a date, a number or a name."""
+
+    quarantine = "quarantine"
+    counted = "count"
+
+
+class ViewsChoice(StrEnum):
+    """Which images are taken."""
+
+    frontal = "frontal"
+    frontal_or_unknown = "frontal-or-unknown"
+    all = "all"
+
+
+class Rate(ProgressColumn):
+    """Rows a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of the last half minute, blank until there is one."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f}/s", style="progress.data.speed")
+
+
+FOR_TABLES = "Only for the layout table"
+
+
+def prepare(
+    layout: Annotated[LayoutChoice, typer.Argument(metavar="LAYOUT", help=f"one of {', '.join(LayoutChoice)}")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="the data set's folder, as it was downloaded or exported")],
+    out: Annotated[Path, typer.Option(help="the shard's folder")],
+    stream: Annotated[StreamChoice | None, typer.Option(help="keep only this kind; everything if left out")] = None,
+    views: Annotated[
+        ViewsChoice | None, typer.Option(help="of the images; frontal if left out, all for the layout table")
+    ] = None,
+    sections: Annotated[str, typer.Option(help="of the reports, comma-separated, or whole")] = "findings,impression",
+    phi: Annotated[
+        PhiChoice,
+        typer.Option(help="texts with dates, phone numbers, addresses, record numbers or names: left out, or counted"),
+    ] = PhiChoice.quarantine,
+    reports: Annotated[
+        Path | None, typer.Option(help="MIMIC: their folder, if not below ROOT; dicom: a CSV with StudyInstanceUID and report")
+    ] = None,
+    unmarked: Annotated[
+        bool, typer.Option("--unmarked/--no-unmarked", help="take DICOM images whose BurnedInAnnotation is blank")
+    ] = True,
+    captures: Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")] = False,
+    encoding: Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")] = None,
+    size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
+    fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
+    normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
+    max_words: Annotated[int, typer.Option(min=4, max=512, help="token ids kept of a report")] = 128,
+    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated, or none; all if left out")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")] = None,
+    key_file: Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")] = Path(
+        "site.key"
+    ),
+    max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
+    workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
+    replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
+    csv: Annotated[
+        Path | None, typer.Option(help="the table below ROOT; its only CSV if left out", rich_help_panel=FOR_TABLES)
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="image if left out", rich_help_panel=FOR_TABLES)] = None,
+    text_column: Annotated[str | None, typer.Option(help="text if left out", rich_help_panel=FOR_TABLES)] = None,
+    label_column: Annotated[str | None, typer.Option(help="labels if left out", rich_help_panel=FOR_TABLES)] = None,
+    patient_column: Annotated[str | None, typer.Option(help="patient_id if left out", rich_help_panel=FOR_TABLES)] = None,
+    split_column: Annotated[str | None, typer.Option(help="split if left out", rich_help_panel=FOR_TABLES)] = None,
+) -> None:
+    """Prepare a data set, or a hospital's own files, as a de-identified shard.
+
+    `table` takes a CSV with image and/or text columns (PNG or JPEG, 8 or 16 bit), `dicom` any folder of DICOM files; the
+    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason.
+
+    Example:  fedmix prepare nih14 data/nih --stream image --size 96 --out shards/nih
+    """
+    from fedmix.data import prepare as preparing
+    from fedmix.data.images import ImageOptions
+    from fedmix.data.keys import site_key
+    from fedmix.data.layouts.records import SourceOptions
+    from fedmix.data.tokenizer import Tokenizer
+
+    columns = {"image": image_column, "text": text_column, "labels": label_column}
+    columns |= {"patient": patient_column, "split": split_column}
+    given = {name: column for name, column in columns.items() if column is not None}
+    if layout is not LayoutChoice.table and (given or csv):
+        raise ConfigError(f"--csv and the names of columns are for the layout table; {layout} knows its own, leave them out")
+    options = preparing.PrepareOptions(
+        image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
+        stream=stream.value if stream else None,
+        sections=tuple(name.strip() for name in sections.split(",")),
+        max_words=max_words,
+        phi=phi.value,
+        views=views.value if views else None,
+        takes_unmarked=unmarked,
+        takes_captures=captures,
+        max_bad_share=max_bad_share,
+        replace=replace,
+    )
+    source_options = SourceOptions(_label_names(labels), encoding, reports)
+    with _progress() as progress:
+        task = progress.add_task("looking through", total=None)
+        source = _source(layout, root, source_options, csv, given)
+        progress.update(task, description="preparing")
+        summary = preparing.prepare(
+            source,
+            out,
+            options=options,
+            tokenizer=Tokenizer.load(tokenizer),
+            key=site_key(key_file),
+            workers=workers,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    out_console.print(_summary_table(summary, out))
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=error_console, transient=True, disable=not error_console.is_terminal)
+
+
+def _source(layout: LayoutChoice, root: Path, options: SourceOptions, csv: Path | None, columns: dict[str, Any]) -> Source:
+    from fedmix.data.layouts.paths import real_root
+    from fedmix.data.layouts.registry import open_source
+    from fedmix.data.layouts.table import TableColumns, TableOptions, table_source
+
+    if layout is not LayoutChoice.table:
+        return open_source(layout.value, root, options)
+    return table_source(real_root(root), options, TableOptions(csv=csv, columns=TableColumns(**columns)))
+
+
+def _label_names(labels: str | None) -> tuple[str, ...] | None:
+    """The findings that ``--labels`` asks for; None takes all that the data set names."""
+    if labels is None:
+        return None
+    return () if labels == "none" else tuple(name.strip() for name in labels.split(","))
+
+
+def _summary_table(summary: PrepareSummary, out: Path) -> Table:
+    table = Table(title=Text(f"{out}: {summary.studies} studies of {summary.rows} rows in {summary.seconds:.1f} s"), box=None)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for stream, count in summary.written.items():
+        table.add_row(f"{stream} studies", str(count))
+    table.add_row("patients", str(summary.num_patients))
+    for split, count in summary.splits.items():
+        table.add_row(f"split {split}", str(count))
+    for code, count in summary.quarantined.items():
+        table.add_row(Text(f"left out: {code}", style="yellow"), str(count))
+    for kind, count in summary.phi.items():
+        table.add_row(Text(f"kept with {kind}", style="yellow"), str(count))
+    for note in summary.notes:
+        table.add_row(Text(note, style="dim"), "")
+    return table

@@ -1,0 +1,167 @@
+"""A site's files -> a prepared shard: reads in threads, writes in the data set's order, leaves out and counts what is bad.
+
+Threads rather than processes: Pillow decodes and resizes without holding the interpreter, and images stay where they are
+instead of being copied between processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedmix.data.deidentification import Deidentification
+from fedmix.data.layouts.records import TRAIN_OR_VAL, Source
+from fedmix.data.prepare.decoding import decoding
+from fedmix.data.prepare.options import PrepareOptions, PrepareSummary
+from fedmix.data.prepare.reading import Outcome, Ready, read_study
+from fedmix.data.prepare.tally import Tally
+from fedmix.data.shard import Shard, ShardWriter
+from fedmix.errors import DataError
+
+if TYPE_CHECKING:
+    from fedmix.data.tokenizer import Tokenizer
+
+ROWS_AHEAD = 8  # per worker: enough that none waits for the writer, few enough that little is held in memory
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    *,
+    options: PrepareOptions,
+    tokenizer: Tokenizer,
+    key: bytes,
+    workers: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PrepareSummary:
+    """Prepare the studies of a data set; ``on_progress`` hears rows done and rows in all.
+
+    Bad rows are left out and counted. Raises ``DataError`` if nothing is left, if more than ``max_bad_share`` of the rows
+    are bad, or if table or disk fail; then there is no shard, and an older one is untouched.
+    """
+    start = time.monotonic()
+    if source.join is not None and not options.wants_image:
+        raise DataError("DICOM files hold no reports; for a shard of texts alone prepare their table with the layout table")
+    writer = ShardWriter(
+        out,
+        image_size=options.image.size,
+        tokenizer=tokenizer,
+        key=key,
+        label_names=source.label_names,
+        max_words=options.max_words,
+        split_shares=options.split_shares,
+        replace=options.replace,
+    )
+    tally = Tally(source.num_rows, options.max_bad_share)
+    try:
+        with writer, contextlib.closing(_in_order(source, options, workers)) as outcomes:
+            for outcome in outcomes:
+                if source.join is not None and options.stream != "image":
+                    tally.keep_first(outcome)
+                _write(writer, outcome, tally)
+                if on_progress is not None:
+                    on_progress(tally.done, source.num_rows)
+            tally.check_left()
+            writer.describe(_deidentification(options, tally), languages=tally.langs)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise DataError(f"the shard cannot be written: {reason}; {_disk_advice(error)}") from None
+    return _summary(out, source, options, tally, time.monotonic() - start)
+
+
+def _write(writer: ShardWriter, outcome: Outcome, tally: Tally) -> None:
+    kept = [one for one in outcome.ready if _keeps_split(one, tally)]
+    outcome.left_out += ["split_conflict"] * (len(outcome.ready) - len(kept))
+    outcome.ready = kept
+    for one in kept:
+        writer.add(
+            patient=_given(one.record.patient),
+            study=_given(one.record.study),
+            image=one.image,
+            text=one.text,
+            labels=one.record.labels,
+            view=one.view,
+            split=None if one.record.split == TRAIN_OR_VAL else one.record.split,
+            never_test=one.record.split == TRAIN_OR_VAL,
+        )
+    for code in outcome.left_out:
+        writer.quarantine(code)
+    tally.add(outcome)
+
+
+def _keeps_split(one: Ready, tally: Tally) -> bool:
+    return one.record.split is None or tally.keeps_split(_given(one.record.patient), one.record.split)
+
+
+def _given(identifier: str | None) -> str:
+    assert identifier is not None, "a record without identifiers is completed when its files are read"
+    return identifier
+
+
+def _in_order(source: Source, options: PrepareOptions, workers: int) -> Generator[Outcome, None, None]:
+    """Rows in the data set's order, read by ``workers`` threads that run a little ahead of the writer."""
+    ahead: deque[Future[Outcome]] = deque()
+    with (
+        decoding(source, options, workers) as decode,
+        ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="prepare") as pool,
+    ):
+        try:
+            for row in source.records():
+                ahead.append(pool.submit(read_study, source, row, options, decode))
+                if len(ahead) >= ROWS_AHEAD * max(1, workers):
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:  # after an error: do not decode what nobody will write
+                future.cancel()
+
+
+def _summary(out: Path, source: Source, options: PrepareOptions, tally: Tally, seconds: float) -> PrepareSummary:
+    shard = Shard.open(out, verify=False)
+    return PrepareSummary(
+        rows=tally.done,
+        written=shard.stream_counts,
+        splits=dict(shard.manifest.splits),
+        num_patients=len(np.unique(shard.patient)),
+        quarantined=dict(sorted(tally.quarantined.items())),
+        shown_rows={code: tuple(rows) for code, rows in sorted(tally.rows.items())},
+        phi=dict(sorted(tally.phi.items())),
+        notes=(*source.notes, *_notes(source, options, tally, shard)),
+        seconds=seconds,
+    )
+
+
+def _notes(source: Source, options: PrepareOptions, tally: Tally, shard: Shard) -> Iterator[str]:
+    if not source.has_patients:
+        yield "The table has no patient column: each row counts as a patient of its own, and splits may share patients."
+    if source.has_splits:
+        absent = [name for name, count in shard.manifest.splits.items() if not count]
+        yield "Splits are the data set's own" + (f"; it has nothing in {' and '.join(absent)}." if absent else ".")
+    else:
+        yield f"Splits are drawn by patient from the site key: {', '.join(f'{share:.0%}' for share in options.split_shares)}."
+    if tally.phi:
+        yield f"{max(tally.phi.values())} or more texts with dates, numbers or names were kept, as --phi count asks."
+    if not shard.label_names:
+        yield "No findings were found: this shard cannot be used to evaluate classification."
+
+
+def _deidentification(options: PrepareOptions, tally: Tally) -> Deidentification:
+    return Deidentification(
+        burned_in_not_stated="kept" if options.takes_unmarked else "left out",
+        texts="left out where the gate found something" if options.phi == "quarantine" else "searched and kept",
+        texts_kept_with=dict(sorted(tally.phi.items())),
+    )
+
+
+def _disk_advice(error: OSError) -> str:
+    return "free some space, or choose another place" if error.errno == errno.ENOSPC else "check the place and its permissions"
