@@ -12,8 +12,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice, repeat
 from pathlib import Path
 
 import gdcm
@@ -47,10 +47,11 @@ def speed(workers: int, *, num_pictures: int = NUM_PICTURES, shape: tuple[int, i
         names = write_files(folder, num_pictures, shape)
         reader = PictureReader(folder, options, frozenset({"unknown"}))
         with Walls(reader, workers=workers) as walls:
-            _walled(walls, reader, list(islice(repeat(names[0]), 16 * workers)))  # so many that each worker is started
+            _walled(walls, reader, names[:1] * 8 * workers, workers)  # so many that each worker is started
             _plain(folder, names[:1])
             times = [
-                (_timed(partial(_plain, folder, names)), _timed(partial(_walled, walls, reader, names))) for _ in range(REPEATS)
+                (_timed(partial(_plain, folder, names)), _timed(partial(_walled, walls, reader, names, workers)))
+                for _ in range(REPEATS)
             ]
     plain_s, ours_s = (statistics.median(column) for column in zip(*times, strict=True))
     return {
@@ -131,12 +132,13 @@ def _plain(folder: Path, names: Sequence[str]) -> None:
         Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def _walled(walls: Walls[Picture], reader: PictureReader, names: Sequence[str]) -> None:
+def _walled(walls: Walls[Picture], reader: PictureReader, names: Sequence[str], workers: int) -> None:
     pictures = [Picture((name,), view=None) for name in names]  # so that headers are read too, as for a folder of DICOM
-    for picture, answer in zip(pictures, walls.map(pictures), strict=True):
-        if isinstance(answer, RefusedError):
-            raise RunError(f"the bench's own file was refused: {answer.code}")
-        reader.received(picture, answer)
+    with ThreadPoolExecutor(workers) as threads:
+        for picture, answer in zip(pictures, threads.map(walls.ask, pictures), strict=True):
+            if isinstance(answer, RefusedError):
+                raise RunError(f"the bench's own file was refused: {answer.code}")
+            reader.received(picture, answer)
 
 
 def _timed(work: Callable[[], None]) -> float:
