@@ -4,8 +4,9 @@ A step is ``fedmix.federation.local.train``'s, from drawing the batch to the opt
 here. What it is held against runs in turn with it, in this process and on the same threads; medians are compared.
 
 ``floor``, ``floor_text``, ``floor_paired``: ViT-S (config ``size: small``), 224 px, bfloat16, on images, reports and pairs; our
-step over its matrix products and attentions alone (simulations/bench/products.py). ``floor_demo``, ``floor_demo_text`` and
-``floor_demo_paired``: the demo's steps, one thread.
+step over its matrix products and attentions alone (simulations/bench/products.py), AdamW in it as in ``plain``. ``floor_muon``:
+with Muon, whose Newton-Schulz products the floor does not hold. ``floor_demo``, ``floor_demo_text`` and ``floor_demo_paired``:
+the demo's steps with the demo's Muon, one thread.
 ``plain``, ``plain_demo``: a full-sequence float32 step with mask tokens (simulations/bench/plain.py) over ours; AdamW in both.
 ``compile``, ``compile_demo``: our step over the same with its blocks through torch.compile.
 ``gpu_mfu``: ViT-B, 224 px, bfloat16 on a GPU; the step's floating-point rate over that of one large product.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,7 @@ from simulations.bench.contest import Contestant, Work, in_turns, prepared, repe
 from simulations.bench.plain import PlainStep
 from simulations.bench.products import Products
 
+ADAMW = {"kind": "adamw"}
 DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
 SIDE = 8192  # of the square matrices that tell a card's rate
 
@@ -65,20 +68,19 @@ def demo(stream: config.StreamName) -> Work:
     return Work(config.load(DEMO), stream, 1, num_steps=12)
 
 
-def floor(case: str, work: Work) -> Line:
-    """Our step over its matrix products and attentions alone."""
-    with prepared(work) as (ours, batch):
+def floor(case: str, work: Work, **optimiser: Any) -> Line:
+    """Our step over its matrix products and attentions alone; ``optimiser``: changes to the stage's."""
+    with prepared(work, **optimiser) as (ours, batch):
         products = Products.of(ours.learner, batch, ours.precision)
         seconds = in_turns({"ours": ours, "floor": repeated(products, work.num_steps)})
-    return _line(
-        case, seconds["ours"], "s", f"its matrix products and attention alone: {work}", seconds["ours"] / seconds["floor"]
-    )
+    kind = optimiser.get("kind", work.stage.optimiser.kind)
+    against = f"its matrix products and attention alone, {kind} in the step: {work}"
+    return _line(case, seconds["ours"], "s", against, seconds["ours"] / seconds["floor"])
 
 
 def plain(case: str, work: Work) -> Line:
     """A step as a user would write it first, over ours."""
-    adamw = {"kind": "adamw"}
-    with prepared(work, **adamw) as (ours, batch), prepared(work) as (other, _):
+    with prepared(work, **ADAMW) as (ours, batch), prepared(work) as (other, _):
         assert batch.image is not None
         hide = work.stage.objectives.hide_image_alone
         theirs = PlainStep(other.learner.model, batch.image, hide=hide)
@@ -116,9 +118,10 @@ def gpu_mfu(case: str = "gpu_mfu", *, batch_size: int = 256) -> Line:
 
 
 CASES: dict[str, Callable[[], Line]] = {
-    "floor": lambda: floor("floor", small("image")),
-    "floor_text": lambda: floor("floor_text", small("text")),
-    "floor_paired": lambda: floor("floor_paired", small("paired")),
+    "floor": lambda: floor("floor", small("image"), **ADAMW),
+    "floor_text": lambda: floor("floor_text", small("text"), **ADAMW),
+    "floor_paired": lambda: floor("floor_paired", small("paired"), **ADAMW),
+    "floor_muon": lambda: floor("floor_muon", small("image")),
     "plain": lambda: plain("plain", small("image")),
     "floor_demo": lambda: floor("floor_demo", demo("image")),
     "floor_demo_text": lambda: floor("floor_demo_text", demo("text")),

@@ -99,7 +99,7 @@ def test_sides_take_turns_and_the_median_is_taken() -> None:
 
 def test_lines_say_what_was_held_against_what(work: Work) -> None:
     floor = checked(step.floor("floor", work), "floor")
-    assert str(floor["against"]).endswith("alone: width 16, 4 images of 48 px, float32, 1 thread")
+    assert str(floor["against"]).endswith("alone, muon in the step: width 16, 4 images of 48 px, float32, 1 thread")
     assert isinstance(floor["ratio"], float)
     assert floor["ratio"] > 1
     plain = checked(step.plain("plain", work), "plain")
