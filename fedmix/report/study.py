@@ -28,6 +28,7 @@ from fedmix.report.summary import Evaluation, read_json
 SCHEMA = 1
 MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")
 COSTS = "costs.json"
+SLOWING = {"precision", "device", "micro_batch", "checkpoint_activations"}  # keys of federation that a step's time depends on
 State = Literal["completed", "failed", "unfinished"]
 
 MEASURES: dict[str, Measure] = {  # names in study.json
@@ -215,11 +216,16 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def step_key(experiment: config.Experiment, stage: config.Stage, stream: str) -> str:
-    """What decides how long an optimiser step of a stage takes at a site of a stream; the key of costs.json."""
+    """What decides how long an optimiser step of a stage takes at a site of a stream; the key of costs.json.
+
+    Values that are no default count, so that the costs of a study are still found after a later version gained keys.
+    """
     decides = [
-        experiment.model.model_dump(mode="json", exclude={"size", "warm_start"}),
-        [experiment.data.image_size, experiment.data.max_words, experiment.federation.precision],
-        stage.objectives.model_dump(mode="json"),
+        experiment.model.model_dump(mode="json", exclude_defaults=True, exclude={"size", "warm_start"}),
+        [experiment.data.image_size, experiment.data.max_words],
+        experiment.federation.model_dump(mode="json", exclude_defaults=True, include=SLOWING),
+        stage.objectives.model_dump(mode="json", exclude_defaults=True),
+        stage.augment.model_dump(mode="json", exclude_defaults=True),
         stage.optimiser.kind,
     ]
     short = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
