@@ -83,6 +83,7 @@ def test_the_commands_of_the_design_are_there() -> None:
         ("simulate",),
         ("prepare",),
         ("shard", "check"),
+        ("shard", "preview"),
         ("evaluate",),
         ("report",),
         ("compare",),
@@ -402,6 +403,26 @@ def test_a_sites_shards_are_checked_together(run: Run, tmp_path: Path) -> None:
         file.seek(-1, 2)
         file.write(b"\x07")
     assert "does not have the hash it was written with" in sentence(run("shard", "check", "one-shard", "two-shard"))
+
+
+# ---- shard preview
+
+
+def test_a_shard_is_looked_at_while_it_is_prepared_or_later(run: Run, tmp_path: Path) -> None:
+    table(tmp_path / "data", 5, 1)
+    prepare = ("prepare", "table", "data", "--out", "shard", "--size", "48", "--workers", 1, "--preview")
+    assert "must not lie in a shard" in sentence(run(*prepare, "shard/look"))
+    assert not (tmp_path / "shard").exists()
+    code, out, err = run(*prepare, "now")
+    assert (code, err) == (0, "")
+    assert "look at now/index.html" in out
+    assert run("shard", "preview", "shard", "--out", "later") == (0, "look at later/index.html\n", "")
+    for name in ("index.html", "sheet.png"):
+        assert (tmp_path / "now" / name).read_bytes() == (tmp_path / "later" / name).read_bytes()
+    assert "image_broken" in (tmp_path / "now/index.html").read_text()
+    assert "must not lie in a shard" in sentence(run("shard", "preview", "shard", "--out", "shard/look"))
+    code, _, err = run("shard", "check", "shard")
+    assert (code, err) == (0, "")
 
 
 # ---- evaluate

@@ -101,6 +101,9 @@ def prepare(
     max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
     workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
     replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
+    preview: Annotated[
+        Path | None, typer.Option(help="folder for a contact sheet and a page of counts; holds patients' images")
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option(help="the table below ROOT; its only CSV if left out", rich_help_panel=FOR_TABLES)
     ] = None,
@@ -121,8 +124,12 @@ def prepare(
     from fedmix.data.images import ImageOptions
     from fedmix.data.keys import site_key
     from fedmix.data.layouts.records import SourceOptions
+    from fedmix.data.shard import Shard
     from fedmix.data.tokenizer import Tokenizer
+    from fedmix.report.preview import check_place, write_preview
 
+    if preview is not None:
+        check_place(preview, out)
     columns = {"image": image_column, "text": text_column, "labels": label_column}
     columns |= {"patient": patient_column, "split": split_column}
     given = {name: column for name, column in columns.items() if column is not None}
@@ -155,6 +162,8 @@ def prepare(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     out_console.print(_summary_table(summary, out))
+    if preview is not None:
+        out_console.print(f"look at {write_preview(Shard.open(out, verify=False), preview)}", soft_wrap=True, markup=False)
 
 
 def _progress() -> Progress:

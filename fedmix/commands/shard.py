@@ -42,6 +42,24 @@ def check(shards: Annotated[list[Path], typer.Argument(metavar="SHARD...", help=
         out_console.print("an older shard does not say which site key it was made with: patients were compared all the same")
 
 
+@shard_app.command("preview")
+def preview(
+    shard: Annotated[Path, typer.Argument(metavar="SHARD")],
+    out: Annotated[Path, typer.Option(help="folder for the page and its contact sheet; holds patients' images")],
+) -> None:
+    """Draw some 48 images of a shard with their views, and a page of its counts, for a radiologist at the site to look at.
+
+    Is anything sideways, inverted or cut off? What was left out, and how is it mended? No text of a report and no identifier
+    is in it, but patients' images are: it may not lie in the shard, and should be deleted once it has been looked at.
+
+    Example:  fedmix shard preview shards/pairs --out preview
+    """
+    from fedmix.data.shard import Shard
+    from fedmix.report.preview import write_preview
+
+    out_console.print(f"look at {write_preview(Shard.open(shard), out)}", soft_wrap=True, markup=False)
+
+
 def _declared(path: Path, said: Declaration) -> Table:
     table = Table(title=Text(f"{path}: {sum(said.streams.values())} studies of {said.num_patients} patients"), box=None)
     table.add_column("what")

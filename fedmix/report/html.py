@@ -7,13 +7,10 @@ not have is left out with a sentence that says so; a failed run has a report too
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedmix.errors import RunError
 from fedmix.report import charts, comparison, measures, narrative, quantities
@@ -21,6 +18,7 @@ from fedmix.report.examples import Examples, load_examples
 from fedmix.report.forest import forest
 from fedmix.report.history import History, read_history
 from fedmix.report.measures import Grid
+from fedmix.report.pages import environment
 from fedmix.report.study import Study
 from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json, write_text
 
@@ -90,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
     """Render ``run_dir/report.html`` and return its path; raises RunError if the folder holds no run."""
     page = read_page(run_dir)
     path = run_dir / "report.html"
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     write_text(path, template.render(page=page, charts=charts, quantities=quantities, streams=STREAMS))
     return path
 
@@ -100,7 +98,7 @@ def write_comparison(path: Path, reports: Sequence[Report]) -> Path:
     if path.suffix == ".svg":
         raise RunError("a picture shows the differences of a study; for single runs write .md or .html")
     grid = measures.compare_table(reports)
-    template = _environment().get_template("compare.html.j2")
+    template = environment().get_template("compare.html.j2")
     write_text(path, measures.markdown(grid) if path.suffix == ".md" else template.render(grid=grid))
     return path
 
@@ -113,7 +111,7 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
     if path.suffix == ".md":
         write_text(path, comparison.as_markdown(comparisons))
     else:
-        template = _environment().get_template("study.html.j2")
+        template = environment().get_template("study.html.j2")
         drawn = template.render(
             comparisons=comparisons, charts=charts, costs=comparison.COSTS, gap_sentence=comparison.gap_sentence
         )
@@ -127,7 +125,7 @@ def _write_forest(path: Path, studies: Sequence[Study]) -> Path:
     figure = forest(studies[0])
     if not figure.blocks:
         raise RunError(f"study {studies[0].name!r} has no method beside the main one yet; there is no difference to draw")
-    write_text(path, _environment().get_template("forest.svg.j2").render(figure=figure))
+    write_text(path, environment().get_template("forest.svg.j2").render(figure=figure))
     return path
 
 
@@ -165,13 +163,6 @@ def read_page(run_dir: Path) -> Page:
     )
 
 
-def _environment() -> Environment:
-    loader = PackageLoader("fedmix.report")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["unbroken"] = _unbroken
-    return environment
-
-
 def _run_of_manifest(manifest: Any, folder: str) -> Run:
     """A run that has no report yet: running, or failed before it could write one."""
     values = manifest if isinstance(manifest, Mapping) else {}
@@ -197,11 +188,6 @@ def _facts(run: Run, report: Report | None) -> list[tuple[str, str]]:
     facts.append(("took", quantities.duration(report.timing.wall_s if report else None)))
     facts.append(("seed", quantities.DASH if run.seed is None else str(run.seed)))
     return [fact for fact in facts if fact[1] != quantities.DASH]
-
-
-def _unbroken(text: str) -> str:
-    """Text in which no number is parted from its unit at the end of a line."""
-    return re.sub(r"(?<=\d) (?=(?:dB|[kMGT]?B|s|min|h)\b|%)", "\N{NO-BREAK SPACE}", text)
 
 
 def _gaps(report: Report) -> list[tuple[str, str]]:
