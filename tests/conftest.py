@@ -1,5 +1,10 @@
+import signal
+
 import pytest
 import torch
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -290,7 +290,7 @@ def test_a_sheet_that_cannot_be_written_is_one_sentence(name: str, run: Run) -> 
 
 
 def test_an_unknown_bench_is_one_sentence(run: Run) -> None:
-    assert "no bench 'nosuch'; there are federation" in sentence(run("bench", "nosuch"))
+    assert "no bench 'nosuch'; there are step, federation, prepare" in sentence(run("bench", "nosuch"))
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])

@@ -15,6 +15,7 @@ from fedmix.data.loading import Sampler
 from fedmix.data.shard import Shard
 from fedmix.errors import ConfigError, DataError
 from fedmix.federation.update import digest
+from server.store import Parameters
 from simulations import baselines
 
 
@@ -133,14 +134,18 @@ def test_one_shot_of_one_site_is_the_same_training(tmp_path: Path) -> None:
     wanted["data"]["sites"] = wanted["data"]["sites"][2:]
     world = World(tmp_path, wanted)
     shot = World(tmp_path / "shot", baselines.one_shot(world.experiment).model_dump(mode="json"))
-    at_once, in_rounds = shot.run(), world.run()
+    wanted["stages"][0]["optimiser"] = {"keep_state": False}
+    forgetful = World(tmp_path / "forgetful", wanted)
+    at_once, in_rounds, without = shot.run(), world.run(), forgetful.run()
     assert (at_once.round_number, in_rounds.round_number) == (1, 3)
-    apart, moved = 0.0, 0.0
-    for name, start in world.initial().items():
-        if not name.endswith("qkv.bias"):  # a key's bias has a gradient of rounding alone, which AdamW blows up
-            apart += float((at_once.parameters[name] - in_rounds.parameters[name]).square().sum())
-            moved += float((at_once.parameters[name] - start).square().sum())
-    assert apart < 1e-6 * moved
+
+    def squared(one: Parameters, other: Parameters) -> float:
+        names = [name for name in one if not name.endswith("qkv.bias")]  # a key's has a gradient of rounding alone, blown up
+        return sum(float((one[name] - other[name]).square().sum()) for name in names)
+
+    moved = squared(at_once.parameters, world.initial())
+    assert squared(at_once.parameters, in_rounds.parameters) < 1e-5 * moved  # bfloat16 rounding of Muon's steps
+    assert squared(at_once.parameters, without.parameters) > 1e-3 * moved
 
 
 @pytest.mark.parametrize("name", baselines.LOCAL_ONLY)

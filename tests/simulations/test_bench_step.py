@@ -45,7 +45,8 @@ def test_floor_counts_the_products_of_a_block_done_by_hand() -> None:
     pixels, targets = 64, 64 + 16 + 4
     first = visible * pixels * 32
     rest = 2 * block(1 + visible) + (1 + visible) * 32 * 32 + block(1 + patches) + patches * 32 * targets
-    assert products.flops == 2 * batch * (3 * rest + 2 * first)
+    scales = patches * pixels * targets  # the targets are one product of the patches, without a gradient
+    assert products.flops == 2 * batch * (3 * rest + 2 * first + scales)
 
 
 def test_floor_does_the_same_operators_again_and_leaves_no_gradient() -> None:

@@ -291,7 +291,7 @@ def test_a_text_is_cleaned_and_cut_as_reports_are(model: FedmixModel) -> None:
     ("call", "why"),
     [
         (lambda model, ok: model.encode_image(["scan.png"]), "image 0: expected a Pillow image, .* got str; open it first"),
-        (lambda model, ok: model.encode_image([ok, b"GIF89a"]), "image 1: the file is neither PNG nor JPEG"),
+        (lambda model, ok: model.encode_image([ok, b"GIF89a"]), "image 1: the file is neither PNG, JPEG nor DICOM"),
         (lambda model, ok: model.encode_image([ok[:8, :8]]), "image 0: a side of the image is shorter"),
         (
             lambda model, ok: model.encode_image([np.zeros((48, 48, 3))]),
