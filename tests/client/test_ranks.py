@@ -118,7 +118,7 @@ def test_what_is_said_is_what_failed_first(tmp_path: Path) -> None:
         ranks._check(tmp_path, [1, 1, -9])
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_what_a_process_refuses_is_said_as_if_there_were_one(tmp_path: Path) -> None:
     world = paired_world(tmp_path, processes_per_site=2)
     poisoned = materials(world.places[2], "all").learner.model
@@ -128,7 +128,7 @@ def test_what_a_process_refuses_is_said_as_if_there_were_one(tmp_path: Path) -> 
         job(world)()
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     world = paired_world(tmp_path, steps=100_000, processes_per_site=2)
     state = world.places[2].state
