@@ -85,7 +85,7 @@ def test_images_have_no_known_view_and_are_taken_only_where_that_is_asked_for(ro
         ("<!DOCTYPE a [<!ENTITY b 'boom'>]><eCitation><uId id='CXR3'/>&b;</eCitation>", "xml_forbidden"),
         ("<!DOCTYPE a SYSTEM 'http://127.0.0.1/a.dtd'><eCitation/>", "xml_forbidden"),
         ("<eCitation>&lol;</eCitation>", "xml_broken"),
-        ("<a>" * 5000 + "</a>" * 5000, "xml_forbidden"),
+        ("<a>" * 5000 + "</a>" * 5000, "patient_missing"),
         ("<?xml version='1.0' encoding='klingon'?><eCitation/>", "xml_broken"),
         ("<eCitation>" + "x" * 2**20 + "</eCitation>", "file_too_large"),
         ("<eCitation/>", "patient_missing"),
