@@ -7,8 +7,6 @@ and never a success; and after some failed rounds in a row the run stops and say
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmix import config
+from fedmix import config, heap
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import aggregate, diagnostics, screening
 from fedmix.federation.outer import outer_step
@@ -32,7 +30,6 @@ from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
 
 MAX_DIAGNOSED = 32  # sites
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20  # mallopt(3); bytes
 
 Watch = Callable[[Mapping[str, Any]], None]
 
@@ -85,7 +82,7 @@ class RoundLoop:
 
     def run(self, initial: Parameters) -> Committed:
         """Train every round that is not yet committed; returns where the run stands at the end."""
-        _give_back_large_blocks()
+        heap.give_back()
         committed = self._store.latest() or Committed(0, initial, {}, {})
         del initial  # a whole model, needed no longer than the first round
         if committed.round_number:
@@ -340,12 +337,6 @@ class RoundLoop:
         row = row_of(event, stage=current.stage.name, round_number=current.number, site=site, values=values)
         current.rows.append(row)
         self._watch(row)
-
-
-def _give_back_large_blocks() -> None:
-    """Have the C library return tensors to the system when they are freed; else it keeps several models' worth for later."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which has its own ways
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def for_stream(parameters: Parameters, stream: config.StreamName) -> Parameters:

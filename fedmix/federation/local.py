@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fedmix import config
+from fedmix import config, heap
 from fedmix.batch import STREAMS, Batch, Stream, Term
 from fedmix.errors import ConfigError
 from fedmix.federation.microbatch import Parts, descend
@@ -100,15 +100,16 @@ def train(
     keep_activations(model, wanted=parts.keeps_activations)
     model.skips_padding = True
     learner = learner.at_round_start()
-    for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
-        batch = batches.batch(step)
-        chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))
-        terms = descend(learner, batch, chance, parts=parts, within=partial(arithmetic, precision, model.device.type))
-        pull(model, before, stage.optimiser.proximal)
-        done.count(model, batch, terms)
-        optimisers.step((step + 1) / assignment.num_stage_steps)
-        if on_step is not None:
-            on_step(step)
+    with heap.keeping():
+        for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
+            batch = batches.batch(step)
+            chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))
+            terms = descend(learner, batch, chance, parts=parts, within=partial(arithmetic, precision, model.device.type))
+            pull(model, before, stage.optimiser.proximal)
+            done.count(model, batch, terms)
+            optimisers.step((step + 1) / assignment.num_stage_steps)
+            if on_step is not None:
+                on_step(step)
     optimisers.check()
     # A group is sent whole: a report that is only read beside an image skips the last layers of the text expert.
     groups = {group_of(name) for name in done.trained}

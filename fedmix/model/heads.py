@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmix.model.layers import MixedBlock, gelu, sincos_grid
+from fedmix.model.layers import MixedBlock, sincos_grid
 
 LOWEST = -1e4  # below any token's value after LayerNorm, and finite in every precision
 
@@ -50,7 +50,7 @@ class WordHead(nn.Module):
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.transform = nn.Sequential(nn.Linear(width, width), gelu(), nn.LayerNorm(width))
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.logits = nn.Linear(width, vocabulary)
 
     def forward(self, tokens_ND: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class MatchHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.logit = nn.Sequential(nn.Linear(3 * width, width), gelu(), nn.Linear(width, 1))
+        self.logit = nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, 1))
 
     def forward(self, image_summary_BD: Tensor, text_summary_BD: Tensor) -> Tensor:
         """Logits [B] from both summaries of the joint sequence."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 MODALITIES = ("image", "text")
 PAIR = "pair"  # the expert of joint sequences
-
-# tanh: on CPUs the erf form costs a tenth of a training step at demo sizes.
-gelu = partial(nn.GELU, approximate="tanh")
 
 
 class Attention(nn.Module):
@@ -74,7 +70,7 @@ class MixedBlock(nn.Module):
         self.attention_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in names})
         experts = (*names, PAIR) if pair_expert else names
         self.mlp_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in experts})
-        self.mlp = nn.ModuleDict({name: Mlp(width, hidden, act_layer=gelu) for name in experts})
+        self.mlp = nn.ModuleDict({name: Mlp(width, hidden, act_layer=nn.GELU) for name in experts})
         self.keeps_activations = True  # False: the backward pass computes them anew (``keep_activations``)
 
     def forward(

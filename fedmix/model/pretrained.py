@@ -3,8 +3,8 @@
 Image: safetensors with the names of timm and of MAE's own repository (they agree), or of Hugging Face's ViT and ViTMAE.
 Colour filters are summed to one, for a grey image repeated in three channels meets their sum; patches and positions of
 other sizes are resampled (FlexiViT, 2212.08013; bicubic). The class token and its position become our summary token.
-What stays different: the tanh form of GELU, LayerNorm's epsilon 1e-5, and grey scaled by (x - .5) / .25 whatever the file's
-own mean and deviation were.
+What stays different: LayerNorm's epsilon 1e-5, and grey scaled by (x - .5) / .25 whatever the file's own mean and deviation
+were.
 
 Text: a folder with config.json, model.safetensors and tokenizer.json of BERT's kind. BERT normalises after each residual
 sum, our blocks before each sublayer. So each LayerNorm goes where its output is read: the embeddings' before the first

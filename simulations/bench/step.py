@@ -58,9 +58,9 @@ def sized(size: str, *, batch_size: int) -> config.Experiment:
     })  # fmt: skip
 
 
-def small(stream: config.StreamName) -> Work:
+def small(stream: config.StreamName, *, num_steps: int = 6) -> Work:
     """ViT-S on every thread that torch has here."""
-    return Work(sized("small", batch_size=64), stream, torch.get_num_threads())
+    return Work(sized("small", batch_size=64), stream, torch.get_num_threads(), num_steps)
 
 
 def demo(stream: config.StreamName) -> Work:
@@ -122,7 +122,7 @@ CASES: dict[str, Callable[[], Line]] = {
     "floor_text": lambda: floor("floor_text", small("text"), **ADAMW),
     "floor_paired": lambda: floor("floor_paired", small("paired"), **ADAMW),
     "floor_muon": lambda: floor("floor_muon", small("image")),
-    "plain": lambda: plain("plain", small("image")),
+    "plain": lambda: plain("plain", small("image", num_steps=3)),
     "floor_demo": lambda: floor("floor_demo", demo("image")),
     "floor_demo_text": lambda: floor("floor_demo_text", demo("text")),
     "floor_demo_paired": lambda: floor("floor_demo_paired", demo("paired")),

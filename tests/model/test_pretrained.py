@@ -24,7 +24,7 @@ from fedmix import config
 from fedmix.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from fedmix.errors import ConfigError
 from fedmix.model.encoder import MixedModel
-from fedmix.model.layers import gelu, sincos_grid
+from fedmix.model.layers import sincos_grid
 from fedmix.model.pretrained import LoadReport, hashes, warm_start
 
 WORDS = ("heart", "lung", "clear", "##s", "nodule", "left")
@@ -46,11 +46,11 @@ def model(**sizes: object) -> MixedModel:
 
 
 def vit(**wanted: Any) -> VisionTransformer:
-    """timm's ViT of the tiny model's sizes, with our GELU and epsilon unless told otherwise."""
+    """timm's ViT of the tiny model's sizes, with our epsilon unless told otherwise."""
     sizes = {"img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        found = VisionTransformer(**(sizes | {"act_layer": gelu, "norm_layer": partial(nn.LayerNorm, eps=1e-5)} | wanted))
+        found = VisionTransformer(**(sizes | {"norm_layer": partial(nn.LayerNorm, eps=1e-5)} | wanted))
         scatter(found)
     return found.eval()
 
@@ -60,7 +60,7 @@ def bert(kind: Callable[[BertConfig], Any] = BertModel, **wanted: Any) -> Any:
     sizes |= {"intermediate_size": 128, "max_position_embeddings": 16, "layer_norm_eps": 1e-5}
     with torch.random.fork_rng():
         torch.manual_seed(6)
-        found = kind(BertConfig(**(sizes | {"hidden_act": "gelu_pytorch_tanh"} | wanted)))
+        found = kind(BertConfig(**(sizes | wanted)))
         scatter(found)
     return found.eval()
 
@@ -109,8 +109,8 @@ def test_image_trunk_gives_what_timms_vit_gives(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, reference.forward_features(as_timm_sees(tiny.images(3))), rtol=1e-4, atol=1e-5)
 
 
-def test_gelu_and_epsilon_are_all_that_differs_from_a_stock_vit(tmp_path: Path) -> None:
-    net, reference = model(), vit(act_layer=nn.GELU, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+def test_epsilon_is_all_that_differs_from_a_stock_vit(tmp_path: Path) -> None:
+    net, reference = model(), vit(norm_layer=partial(nn.LayerNorm, eps=1e-6))
     start(net, image=saved(reference, tmp_path))
     ours = net.encode(image_BSS=tiny.images(3)).tokens["image"]
     difference = (ours - reference.forward_features(as_timm_sees(tiny.images(3)))).abs().max()
