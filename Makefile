@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .tools
 OPEN_DATA ?= $(or $(FEDMIX_OPEN_DATA),../shared/data/cxr-open)
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-all lint bench open compare clean
+.PHONY: demo test test-all lint bench open compare sbom audit clean
 demo: $(STAMP)  ## train, evaluate and report a federation of phantom hospitals (minutes)
 	rm -rf runs/demo
 	$(BIN)/fedmix simulate configs/demo.yaml --out runs/demo
@@ -42,8 +43,19 @@ open: shards/open/iu shards/open/nih shards/open/covid  ## three real sites from
 	rm -rf runs/open
 	$(BIN)/fedmix simulate configs/open.yaml --out runs/open
 
+sbom: $(STAMP) $(TOOLS)  ## what is installed, as CycloneDX: sbom.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+
+audit: $(TOOLS)  ## known weaknesses of what is pinned; asks the public advisory database, and fails where it cannot
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
 clean:  ## forget the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TOOLS)
+
+# Apart from what runs: it would stand in the list that it makes.
+$(TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
 
 # One resolve for everything, against pinned versions; touched only when what is installed should change.
 $(STAMP): pyproject.toml constraints.txt
