@@ -36,10 +36,15 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Sent:
-    """An order on its way: when it was sent (seconds since 1970), and whether it carried everything."""
+    """An order on its way.
+
+    ``sent``: when, in seconds since 1970; ``until``: when its reply comes too late, on the monotonic clock; ``is_whole``:
+    whether it carried everything.
+    """
 
     order: messages.Order
     sent: float
+    until: float
     is_whole: bool
 
 
@@ -127,10 +132,9 @@ class RoundLoop:
             self._on_committed(committed.round_number, stage.name, committed.parameters)
 
     def _gather(self, current: Round, committed: Committed, screen: Screen, spool: Spool) -> None:
-        """Send the orders and take replies as they come, until all have answered or the deadline has passed."""
+        """Send the orders and take replies as they come, until all have answered or their deadlines have passed."""
         waiting = self._send_all(current, committed, screen)
-        deadline = time.monotonic() + self._experiment.federation.deadline_s
-        while waiting and time.monotonic() < deadline:
+        while waiting := self._in_time(waiting, current):
             asked = time.monotonic()
             replies = list(self._grid.pull_messages(list(waiting)))[::-1]
             came = len(replies)
@@ -144,11 +148,21 @@ class RoundLoop:
                 del message
             if waiting and not came:
                 time.sleep(max(0.0, POLL_S - (time.monotonic() - asked)))
+
+    def _in_time(self, waiting: Mapping[str, Sent], current: Round) -> dict[str, Sent]:
+        """The orders whose replies may still come; the sites of the others are dropped."""
+        now = time.monotonic()
         for sent in waiting.values():
-            self._drop(sent.order.site.name, "no reply before the deadline", current)
+            if sent.until <= now:
+                self._drop(sent.order.site.name, "no reply before the deadline", current)
+        return {one: sent for one, sent in waiting.items() if sent.until > now}
 
     def _send_all(self, current: Round, committed: Committed, screen: Screen) -> dict[str, Sent]:
-        """Order the round's sites to train, by message id; sites that are sent the same share one content."""
+        """Order the round's sites to train, by message id; sites that are sent the same share one content.
+
+        Every deadline begins when all are sent: a grid may hand over one order after the other.
+        """
+        began = time.monotonic()
         contents: dict[tuple[str, frozenset[str]], tuple[RecordDict, int]] = {}
         waiting: dict[str, Sent] = {}
         struck_out = screen.struck_out() & {site.name for site in config.sites_of(current.stage, self._experiment.data.sites)}
@@ -160,7 +174,8 @@ class RoundLoop:
             if key not in contents:
                 contents[key] = self._content(order, committed, lacking)
             waiting |= self._send(order, *contents[key], current, is_whole=len(lacking) == len(order.groups))
-        return waiting
+        took = time.monotonic() - began
+        return {one: replace(sent, until=sent.until + took) for one, sent in waiting.items()}
 
     def _send_whole(self, current: Round, committed: Committed, sent: Sent) -> dict[str, Sent]:
         """The same order again, with everything: the site has lost what it held."""
@@ -173,8 +188,11 @@ class RoundLoop:
         self, order: messages.Order, content: RecordDict, size: int, current: Round, *, is_whole: bool
     ) -> dict[str, Sent]:
         node_id = self._roster.nodes[order.site.name]
-        message = messages.order_message(node_id, order, content, deadline_s=self._experiment.federation.deadline_s)
-        sent = Sent(order, time.time(), is_whole)
+        federation = self._experiment.federation
+        size_up = sum(4 * shape.numel() for shape in order.shapes.values())  # at most; a coding makes it less
+        deadline_s = federation.deadline_s + (size + size_up) * 8 / (federation.slowest_link_mbit_s * 1e6)
+        message = messages.order_message(node_id, order, content, deadline_s=deadline_s)
+        sent = Sent(order, time.time(), time.monotonic() + deadline_s, is_whole)
         ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
         current.bytes_down[order.site.name] = current.bytes_down.get(order.site.name, 0) + size
         if not ids:

@@ -44,7 +44,7 @@ class Cell:
 
 def _asked(experiment: config.Experiment) -> dict[str, Any]:
     """What a cell's results depend on: not where its folder and a warm start's files lie, nor the number of workers."""
-    apart = {"data": {"cache"}, "model": {"warm_start"}, "federation": {"workers", "deadline_s"}}
+    apart = {"data": {"cache"}, "model": {"warm_start"}, "federation": {"workers", "deadline_s", "slowest_link_mbit_s"}}
     return experiment.model_dump(mode="json", exclude=apart)
 
 

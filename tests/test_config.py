@@ -415,6 +415,7 @@ DECIDES_NOT = {
     "federation.checkpoint_activations": "true",
     "federation.device": "cuda",
     "federation.deadline_s": 5.0,
+    "federation.slowest_link_mbit_s": 8.0,
     "federation.min_sites": 2,
     "federation.min_sites_of_stream": "{paired: 1}",
     "study": "{seeds: [1, 2]}",

@@ -410,6 +410,9 @@ class Federation(Section):
     )
     workers: int = Field(default=0, ge=0, description="worker processes of the in-process engine; 0 is one per core")
     deadline_s: Positive = Field(default=3600.0, description="a site that has not replied by then is dropped for the round")
+    slowest_link_mbit_s: Positive = Field(
+        default=2.0, description="of a site's link; the deadline grows by the time that its order and update may take over it"
+    )
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0, description="share of each stream's sites asked in a round, at least one; drawn by the seed"
     )
@@ -531,6 +534,7 @@ class Experiment(Section):
             "workers",
             "device",
             "deadline_s",
+            "slowest_link_mbit_s",
             "max_failed_rounds",
             "min_sites",
             "min_sites_of_stream",

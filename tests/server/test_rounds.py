@@ -305,7 +305,7 @@ class Late(DirectGrid):
 
 
 def test_a_reply_after_the_deadline_is_dropped_and_not_taken_in_the_next_round(tmp_path: Path) -> None:
-    world = World(tmp_path, everyone(tmp_path, rounds=2, federation={"deadline_s": 0.4}))
+    world = World(tmp_path, everyone(tmp_path, rounds=2, federation={"deadline_s": 0.4, "slowest_link_mbit_s": 1e6}))
     started = time.monotonic()
     world.run(Late(world.places, {}))
     assert world.dropped() == {"north": "no reply before the deadline"}
@@ -313,8 +313,8 @@ def test_a_reply_after_the_deadline_is_dropped_and_not_taken_in_the_next_round(t
     assert time.monotonic() - started < 10
 
 
-def test_the_deadline_travels_with_the_order(tmp_path: Path) -> None:
-    world = World(tmp_path, everyone(tmp_path))
+def test_the_deadline_travels_with_the_order_and_grows_with_what_a_slow_link_must_carry(tmp_path: Path) -> None:
+    world = World(tmp_path, everyone(tmp_path, federation={"deadline_s": 20.0, "slowest_link_mbit_s": 2.0}))
     ttls = []
 
     class Noting(DirectGrid):
@@ -324,7 +324,12 @@ def test_the_deadline_travels_with_the_order(tmp_path: Path) -> None:
             return super().push_messages(messages)
 
     world.run(Noting(world.places, {}))
-    assert ttls == [20.0, 20.0, 20.0]
+    num_bytes = [
+        2 * sum(4 * value.numel() for value in rounds.for_stream(world.initial(), site.stream).values())
+        for site in world.experiment.data.sites
+    ]
+    assert ttls == pytest.approx([20.0 + 8 * size / 2e6 for size in num_bytes], abs=0.05)  # arrays have headers
+    assert min(num_bytes) > 20_000
 
 
 def test_the_same_seed_gives_the_same_weights_and_the_rows_tell_bytes_and_examples(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""A slow and unreliable link: a forwarder on the loopback interface that counts bytes, holds a rate and cuts the line."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+PIECE = 16 << 10  # bytes
+BUFFER = 64 << 10  # of a socket: what a sender believes gone while the line still has it
+
+
+class _Rate:
+    """Hands out leave to send, so that all connections of a direction together hold a rate."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s, self._free_at, self._lock = bytes_per_s, 0.0, threading.Lock()
+
+    def wait(self, num_bytes: int) -> None:
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            begin = max(self._free_at, time.monotonic())
+            self._free_at = begin + num_bytes / self._bytes_per_s
+            until = self._free_at
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+class Link:
+    """Forwards every connection to ``target``.
+
+    ``up`` and ``down``: bytes that have passed, towards the target and back. ``cuts``: how many bytes have gone up when the
+    line is cut; all connections end and new ones are refused for ``outage_s`` seconds.
+    """
+
+    def __init__(
+        self,
+        target: tuple[str, int],
+        *,
+        bytes_per_s: float | None = None,
+        cuts: Sequence[int] = (),
+        outage_s: float = 5.0,
+    ) -> None:
+        self.up = self.down = self.num_cuts = 0
+        self._target, self._cuts, self._outage_s = target, sorted(cuts), outage_s
+        self._rates = {"up": _Rate(bytes_per_s), "down": _Rate(bytes_per_s)}
+        self._lock, self._dark_until, self._open = threading.Lock(), 0.0, set[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """End every connection, and refuse new ones for a while."""
+        with self._lock:
+            self.num_cuts += 1
+            self._dark_until = time.monotonic() + self._outage_s
+            for one in self._open:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def close(self) -> None:
+        """Stop listening, and end what is connected."""
+        self._outage_s = float("inf")
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> None:
+        try:
+            if time.monotonic() < self._dark_until:
+                raise OSError("the line is down")
+            far = socket.create_connection(self._target, timeout=10)
+        except OSError:
+            near.close()
+            return
+        far.settimeout(None)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        with self._lock:
+            self._open |= {near, far}
+        threading.Thread(target=self._pump, args=(near, far, "up"), daemon=True).start()
+        self._pump(far, near, "down")
+
+    def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(PIECE):
+                self._rates[direction].wait(len(piece))
+                sink.sendall(piece)
+                self._count(direction, len(piece))
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            with self._lock:
+                self._open.discard(one)
+
+    def _count(self, direction: str, num_bytes: int) -> None:
+        with self._lock:
+            setattr(self, direction, getattr(self, direction) + num_bytes)
+            is_due = bool(self._cuts) and self.up >= self._cuts[0]
+            if is_due:
+                self._cuts.pop(0)
+        if is_due:
+            self.cut()
+
+
+@contextlib.contextmanager
+def link(target: str, **options: object) -> Iterator[Link]:
+    """A link to ``host:port`` for as long as it is needed."""
+    host, _, port = target.rpartition(":")
+    made = Link((host, int(port)), **options)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
