@@ -1,1 +1,1 @@
-"""What a coordinator and a hospital share when fedmix runs between organisations: plans, ledgers, supervised programs."""
+"""What a coordinator and a hospital share: the plan, programs kept running, and the ledger of what passed between them."""
