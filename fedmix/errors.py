@@ -23,3 +23,7 @@ class UpdateError(FedmixError):
 
 class RunError(FedmixError):
     """A run cannot start, go on or be resumed: folder, checkpoint, quorum or worker."""
+
+
+class LedgerError(FedmixError):
+    """A ledger is not whole, or an entry cannot be kept; nothing that it should tell of may happen."""

@@ -1,4 +1,4 @@
-"""The process that workers are forked from, and the environment that Flower is given.
+"""The process that workers are forked from.
 
 Kept apart from the engine because it must be light: the fork server imports torch and Flower while this process still
 does the same, so the first worker starts in milliseconds.
@@ -11,13 +11,7 @@ import signal
 import threading
 from multiprocessing import forkserver, get_context
 
-FLOWER_ENVIRONMENT = {  # flower.md: no telemetry, no update check, no installs of its own
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+from fedmix.deployment.environment import FLOWER_ENVIRONMENT
 
 
 def quiet_flower() -> None:

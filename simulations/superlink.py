@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import sys
 import tempfile
 import time
 import urllib.request
@@ -22,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from client.app import Place
+from fedmix.deployment.environment import LOOPBACK, flower_environment
+from fedmix.deployment.processes import Group
 from fedmix.errors import RunError
 from server import deploy
-from simulations import forkserver
-from simulations.processes import Group
 
-LOOPBACK = "127.0.0.1"
 START_S = 120.0  # so long may a busy machine take to import Flower
 LOGS = "superlink"  # a folder in the run folder
 FAILED = "ServerApp failed with exception: "  # how Flower begins what it keeps of an exception
@@ -37,20 +34,16 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Link:
-    """Where a SuperLink listens, the folder of run folders that it serves, and where its own files are."""
+    """Where a SuperLink listens, the folder of run folders that it serves, and where its own files and its logs are."""
 
     address: str
     runs: Path
     files: Path
+    logs: Path
 
     def environment(self, name: str) -> dict[str, str]:
         """What one of Flower's processes is given: a home of its own, and the programs beside this Python."""
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        home = self.files / "homes" / name
-        home.mkdir(parents=True, exist_ok=True)
-        own = {"PATH": path, "FLWR_HOME": str(home), deploy.RUNS: str(self.runs)}
-        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), LOOPBACK)  # a hospital's proxy cannot reach this machine's loopback
-        return {**os.environ, **forkserver.FLOWER_ENVIRONMENT, **direct, **own}
+        return flower_environment(self.files / "homes" / name) | {deploy.RUNS: str(self.runs)}
 
 
 def run_on_superlink(folder: Path, places: Sequence[Place], *, threads_per_site: int, watch: Watch) -> None:
@@ -63,10 +56,11 @@ def run_on_superlink(folder: Path, places: Sequence[Place], *, threads_per_site:
     deploy.run_folder({"run": folder.name}, {deploy.RUNS: str(folder.parent)})  # what it refuses, it refuses at once
     with (
         tempfile.TemporaryDirectory(prefix="fedmix-superlink-", ignore_cleanup_errors=True) as files,
-        contextlib.closing(Group(folder / LOGS)) as group,
+        contextlib.closing(Group()) as group,
     ):
         link_port, *site_ports = free_ports(1 + len(places))
-        link = Link(f"{LOOPBACK}:{link_port}", folder.parent, Path(files))
+        link = Link(f"{LOOPBACK}:{link_port}", folder.parent, Path(files), folder / LOGS)
+        link.logs.mkdir(exist_ok=True)
         _start_link(group, link)
         for place, port in zip(places, site_ports, strict=True):
             _start_site(group, link, place, port=port, threads=threads_per_site)
@@ -78,9 +72,9 @@ def _start_link(group: Group, link: Link) -> None:
     host, _, port = link.address.rpartition(":")
     command = ["flower-superlink", "--insecure", "--host", host, "--port", port, "--isolation", "process"]
     command += ["--database", str(link.files / "state.db"), "--disable-runtime-dependency-installation"]
-    superlink = group.start("superlink", command, link.environment("superlink"))
+    superlink = group.start(command, link.environment("superlink"), log=link.logs / "superlink.log")
     executor = ["flower-superexec", "--insecure", "--runtime-api-address", link.address]
-    group.start("server", executor, link.environment("server"))
+    group.start(executor, link.environment("server"), log=link.logs / "server.log")
     deadline = time.monotonic() + START_S
     while not _is_healthy(link):
         if superlink.poll() is not None or time.monotonic() > deadline:
@@ -105,7 +99,7 @@ def _start_site(group: Group, link: Link, place: Place, *, port: int, threads: i
     name = f"site-{place.site}"
     command = ["flower-supernode", "--insecure", "--superlink", link.address, "--host", LOOPBACK, "--port", str(port)]
     command += ["--node-config", str(node_config)]
-    group.start(name, command, link.environment(name) | {"OMP_NUM_THREADS": str(threads)})
+    group.start(command, link.environment(name) | {"OMP_NUM_THREADS": str(threads)}, log=link.logs / f"{name}.log")
 
 
 def _run(group: Group, link: Link, name: str, watch: Watch) -> None:
@@ -118,9 +112,10 @@ def _run(group: Group, link: Link, name: str, watch: Watch) -> None:
         Path(environment["FLWR_HOME"]) / "config.toml", {"address": link.address, "insecure": True}, table="superlink.here"
     )
     start = ["flwr", "run", str(bundle), "here", "--stream", "--run-config", str(run_config)]
-    for row in _rows(group.read("run", start, environment), group.logs / "app.log"):
+    for row in _rows(group.read(start, environment, log=link.logs / "run.log"), link.logs / "app.log"):
         watch(row)
-    state, details = _state(group.read("list", ["flwr", "list", "here", "--format", "json"], environment))
+    listed = group.read(["flwr", "list", "here", "--format", "json"], environment, log=link.logs / "list.log")
+    state, details = _state(listed)
     if state != "finished:completed":
         cause = details.removeprefix(FAILED) if details.startswith(FAILED) else f"the run ended as {state}"
         raise RunError(f"{cause}; the logs under {LOGS}/ in the run folder have the details")

@@ -35,7 +35,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Experiment:
     """The experiment that a YAML text describes; ``source`` is what errors call it."""
-    values = _read_yaml(text, source)
+    values = read_yaml(text, source)
     if not isinstance(values, dict):
         raise ConfigError(f"{source} must hold keys and values at its top, such as name: demo")
     for override in sorted(overrides, key=lambda override: not override.startswith("model.size=")):
@@ -73,15 +73,15 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Experiment.model_json_schema()
 
 
-def _read_yaml(text: str, source: str) -> Any:
-    """Plain values from YAML. Beside YAMLError, its constructors let through what Python says of 2001-99-99 or !!int x."""
+def read_yaml(text: str, source: str) -> Any:
+    """Plain values from a YAML text. Raises ConfigError, which calls the text ``source``."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{source} is not YAML{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    except (ValueError, LookupError, AttributeError) as error:
+    except (ValueError, LookupError, AttributeError) as error:  # what Python says of 2001-99-99 or !!int x
         raise ConfigError(f"{source} holds a value that YAML cannot read: {_short(str(error))}") from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply; a config has at most {MAX_CONFIG_DEPTH} levels") from None
@@ -132,7 +132,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {path}: {key!r} holds a value, it has no keys inside")
-    value = _read_yaml(text, f"--set {path}: {_short(text)}")
+    value = read_yaml(text, f"--set {path}: {_short(text)}")
     if path == "model.size":
         _forget_sizes(node)
     node[_index(node, last, path) if isinstance(node, list) else last] = value

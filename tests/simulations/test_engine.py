@@ -27,9 +27,10 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from little import ROOT, DirectGrid, World, everyone, is_running, waited_until
 
 from client.app import Place
+from fedmix.deployment.environment import FLOWER_ENVIRONMENT
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
-from simulations import engine, forkserver, pipe
+from simulations import engine, pipe
 from simulations.engine import InProcessGrid, WorkerPool
 
 
@@ -111,7 +112,7 @@ def test_workers_are_as_many_as_the_cores_carry_and_never_more_than_sites() -> N
 
 
 def test_an_engine_without_flowers_announcements_is_what_its_environment_asks_for() -> None:
-    assert {key: os.environ[key] for key in forkserver.FLOWER_ENVIRONMENT} == forkserver.FLOWER_ENVIRONMENT
+    assert {key: os.environ[key] for key in FLOWER_ENVIRONMENT} == FLOWER_ENVIRONMENT
 
 
 def test_sites_one_after_the_other_in_this_process_give_the_same_weights_and_leave_its_threads_alone(tmp_path: Path) -> None:

@@ -23,24 +23,22 @@ LEASH = "import os, signal, sys; sys.stdin.buffer.read(); os.killpg(0, signal.SI
 
 
 class Group:
-    """A process group that ends with this process. What each program says goes to a log file of its own."""
+    """A process group that ends with this process."""
 
-    def __init__(self, logs: Path) -> None:
-        self.logs = logs
-        logs.mkdir(parents=True, exist_ok=True)
+    def __init__(self) -> None:
         # A group of its own: Ctrl-C at the terminal reaches this process alone, which then ends the others.
         self._leash = subprocess.Popen([sys.executable, "-I", "-S", "-c", LEASH], stdin=subprocess.PIPE, process_group=0)
         self._members: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a program that is installed beside this Python."""
-        with (self.logs / f"{name}.log").open("wb") as log:
-            return self._start(command, environment, stdout=log, stderr=log)
+    def start(self, command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> subprocess.Popen[bytes]:
+        """Start a program that is installed beside this Python; what it says is added to a log file."""
+        with log.open("ab") as file:
+            return self._start(command, environment, stdout=file, stderr=file)
 
-    def read(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Iterator[bytes]:
+    def read(self, command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> Iterator[bytes]:
         """Run a program, and give what it prints line by line."""
-        with (self.logs / f"{name}.log").open("wb") as log:
-            member = self._start(command, environment, stdout=subprocess.PIPE, stderr=log)
+        with log.open("ab") as file:
+            member = self._start(command, environment, stdout=subprocess.PIPE, stderr=file)
         assert member.stdout is not None
         with member.stdout:
             yield from member.stdout
