@@ -15,6 +15,8 @@ from typing import Any
 
 import uvicorn
 from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
+from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
@@ -24,6 +26,7 @@ from server.home import Home
 
 FLEET = "/v1/fleet/"
 MAX_BODY_BYTES = 64 << 20  # Flower sends a model in objects of 5 MiB; the rest of a message is smaller still
+DATABASE_S = 20  # that a request waits for the database; under the 30 after which whoever asked asks again
 PATIENCE_S = 10  # that a request which is being answered has to end when the SuperLink stops
 
 Scope = MutableMapping[str, Any]
@@ -44,6 +47,7 @@ class FleetOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a call on, or answer that there is nothing here."""
+        send = _retried(send)
         if scope["type"] == "lifespan" or scope["server"][1] == self._control_port:
             await self._app(scope, receive, send)
         elif scope["type"] == "http" and scope["path"].startswith(FLEET):
@@ -70,6 +74,17 @@ def _bounded(receive: Receive) -> Receive:
         return event
 
     return bounded
+
+
+def _retried(send: Send) -> Send:
+    """Call a failure here unavailable: Flower's programs repeat a request that got 503, and give up, some for good, at 500."""
+
+    async def retried(event: MutableMapping[str, Any]) -> None:
+        if event["type"] == "http.response.start" and event["status"] == 500:
+            event = {**event, "status": 503}
+        await send(event)
+
+    return retried
 
 
 async def _answer(send: Send, status: int) -> None:
@@ -113,8 +128,15 @@ def listening(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=128)
 
 
+def be_patient() -> None:
+    """Have a request wait for a busy database: with several models arriving, five seconds, Flower's own, are too few."""
+    kept = [(name, value) for name, value in SQLITE_PRAGMAS if name != "busy_timeout"]
+    sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", str(DATABASE_S * 1000)), *kept)
+
+
 def serve(home: Home) -> None:
     """Serve until SIGTERM."""
+    be_patient()
     settings = home.settings()
     app = FleetOnly(create_app(flower_settings(home), SuperLinkLifespan), settings.control_port)
     sockets = [listening(settings.listen, settings.port), listening(LOOPBACK, settings.control_port)]
