@@ -28,7 +28,7 @@ from fedmix import config
 from fedmix.data.loading import Indices, Sampler
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
-from fedmix.errors import ConfigError, DataError, FedmixError
+from fedmix.errors import ConfigError, DataError, FedmixError, PolicyError
 from fedmix.federation import compression, local
 from fedmix.federation.microbatch import parts_of
 from fedmix.federation.optimisers import OptimiserState
@@ -61,6 +61,24 @@ def build_app(locate: Locate) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return _answer(_train, message, context, locate)
+
+    return app
+
+
+def build_refusal(why: str, locate: Locate) -> ClientApp:
+    """A ClientApp that answers everything with a refusal, which is in the ledger of a home."""
+    app = ClientApp()
+
+    def refuse(message: Message, place: Place) -> Message:
+        raise PolicyError(why)
+
+    @app.query()
+    def greet(message: Message, context: Context) -> Message:
+        return _answer(refuse, message, context, locate)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(refuse, message, context, locate)
 
     return app
 
