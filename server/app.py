@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from server import held_out as central
+from server.books import Books
 from server.rounds import RoundLoop, Watch
 from server.store import Parameters, RunStore, row_of
 
@@ -32,11 +34,13 @@ def build_app(
     watch: Watch,
     held_out: HeldOut | None = None,
     evaluates_beside: bool = False,
+    books: Books | None = None,
 ) -> ServerApp:
     """A ServerApp that trains the experiment and commits every round to the store.
 
     ``held_out`` is what quick evaluations every ``evaluation.every`` rounds run on; without it there are none.
     ``evaluates_beside`` runs them while the sites train the next round; right where this machine has a core to spare.
+    ``books`` are those of a run over real sites.
     """
     app = ServerApp()
 
@@ -48,12 +52,12 @@ def build_app(
         def initial() -> Parameters:
             return central.parameters_of(central.initial_model(experiment, tokenizer))
 
+        loop = partial(RoundLoop, grid, experiment, store, watch=watch, books=books)
         if evaluate is None or not evaluates_beside:
-            RoundLoop(grid, experiment, store, watch=watch, on_committed=evaluate).run(initial())
+            loop(on_committed=evaluate).run(initial())
             return
         with Beside(evaluate) as beside:
-            loop = RoundLoop(grid, experiment, store, watch=watch, on_committed=beside.start, before_commit=beside.wait)
-            loop.run(initial())
+            loop(on_committed=beside.start, before_commit=beside.wait).run(initial())
 
     return app
 

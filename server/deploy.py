@@ -11,17 +11,27 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import RunNotRunningException
 
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
+from fedmix.deployment import plan as plans
+from fedmix.deployment.ledger import Ledger
 from fedmix.errors import FedmixError, RunError
 from server import held_out as central
 from server.app import build_app
+from server.books import Books
 from server.link import LinkGrid
+from server.rounds import Watch
 from server.store import RunStore
 
 RUNS = "FEDMIX_RUNS"  # the environment variable of flower-superexec that names the folder of run folders
+LEDGER = "FEDMIX_LEDGER"  # the one that names the coordinator's ledger
+PLAN = "plan.yaml"  # in the run folder of a run over real sites: the plan that they approved
+EVENTS = "events.jsonl"  # in the run folder: rows as they come, for whoever watches
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # it comes over the Control API, so it never leads out of RUNS
+
+STOPPED = "it was stopped; go on with --resume"
 
 app = ServerApp()
 
@@ -32,13 +42,19 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(context.run_config, os.environ)
     experiment = config.load(folder / "config.yaml")
     store = RunStore(folder, experiment, resume=(folder / "manifest.json").exists())
+    tell = teller(folder)
     try:
         held_out = None
         if experiment.evaluation.every:
             held_out = central.load(experiment.data, Tokenizer.load(experiment.data.tokenizer))
-        build_app(experiment, store, watch=tell, held_out=held_out, evaluates_beside=True)(LinkGrid(grid), context)
+        books = books_of(folder, os.environ)
+        server_app = build_app(experiment, store, watch=tell, held_out=held_out, evaluates_beside=True, books=books)
+        server_app(LinkGrid(grid), context)
     except (FedmixError, OSError) as error:
         store.finish("failed", str(error))
+        raise
+    except RunNotRunningException:
+        store.finish("failed", STOPPED)
         raise
 
 
@@ -57,6 +73,22 @@ def run_folder(run_config: Mapping[str, object], environment: Mapping[str, str])
     return folder
 
 
-def tell(row: Mapping[str, Any]) -> None:
-    """A row for whoever reads the run's log (flwr log): one line of JSON."""
-    print(json.dumps(dict(row)), flush=True)
+def books_of(folder: Path, environment: Mapping[str, str]) -> Books | None:
+    """The books of a run that follows a plan, which stands in its folder; a simulation has neither. Raises RunError."""
+    if not (folder / PLAN).exists():
+        return None
+    if LEDGER not in environment:
+        raise RunError(f"{LEDGER} is not set; start flower-superexec with the coordinator's ledger in it")
+    return Books(Ledger(Path(environment[LEDGER])), plans.digest(folder / PLAN))
+
+
+def teller(folder: Path) -> Watch:
+    """What shows each row as a line of JSON: in the run's log (flwr log), and in a file that outlives the link to Flower."""
+
+    def tell(row: Mapping[str, Any]) -> None:
+        line = json.dumps(dict(row))
+        print(line, flush=True)
+        with (folder / EVENTS).open("a") as file:
+            file.write(line + "\n")
+
+    return tell

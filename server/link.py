@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
@@ -51,6 +52,14 @@ class LinkGrid(Grid):
         """Ids of the nodes that are connected now."""
         try:
             return list(self._grid.get_node_ids())
+        except httpx.HTTPStatusError as error:
+            log.warning("the SuperLink cannot tell its nodes: %s", error.response.status_code)
+            return []
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes that are connected now, with the names that their keys are registered under."""
+        try:
+            return list(self._grid.get_nodes())
         except httpx.HTTPStatusError as error:
             log.warning("the SuperLink cannot tell its nodes: %s", error.response.status_code)
             return []

@@ -29,7 +29,9 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
 REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "deltas"}
-RECEIPT_FIELDS = {"run", "round", "base", "fingerprint", "site", "nonce", "steps", "train_start", "train_end"}
+RECEIPT_FIELDS = {"run", "round", "base", "fingerprint", "site", "nonce", "steps", "train_start", "train_end", "ledger"}
+NO_LEDGER = ""  # simulated sites keep none
+HEAD = re.compile(r"[0-9a-f]{64}")
 MAX_METRICS = 32
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}(/[a-z0-9_]{1,40}){0,2}")
 MAX_HEADER_BYTES = 1024  # an .npy header of a few dimensions has 128
@@ -37,26 +39,29 @@ MAX_HEADER_BYTES = 1024  # an .npy header of a few dimensions has 128
 
 @dataclass(frozen=True)
 class Greeting:
-    """Who answers at a node."""
+    """Who answers at a node. ``ledger``: the head of the site's own, empty if it keeps none."""
 
     node_id: int
     site: str
     stream: str
     fingerprint: str
     studies: int
+    ledger: str
 
 
 @dataclass(frozen=True)
 class Order:
     """What was asked of a site in a round; a reply must answer exactly this.
 
-    ``base``: digest of all parameters that the site's stream reaches; ``groups``: digest of each of their groups.
+    ``base``: digest of all parameters that the site's stream reaches; ``groups``: digest of each of their groups. ``plan``:
+    digest of the plan that real sites have approved, empty in a simulation.
     """
 
     site: config.Site
     run: str
     round_number: int
     fingerprint: str
+    plan: str
     base: str
     nonce: str
     groups: Mapping[str, str]
@@ -68,7 +73,7 @@ class Reply:
     """A reply that answers its order, its numbers not yet screened.
 
     ``arrays``: the coded tensors as they came, by name on the wire; views into the message, nothing is copied.
-    ``train_start`` and ``train_end``: seconds since 1970 by the site's clock.
+    ``train_start`` and ``train_end``: seconds since 1970 by the site's clock. ``ledger``: the head of the site's own.
     """
 
     examples: Mapping[Stream, int]
@@ -79,11 +84,12 @@ class Reply:
     bytes_up: int
     train_start: float
     train_end: float
+    ledger: str
 
 
-def query(node_id: int) -> Message:
-    """Ask a node who it is."""
-    return Message(RecordDict({"query": ConfigRecord({"what": "greeting"})}), node_id, "query")
+def query(node_id: int, *, fingerprint: str = "", plan: str = "") -> Message:
+    """Ask a node who it is, and whether it would take part in an experiment under a plan."""
+    return Message(RecordDict({"query": ConfigRecord({"fingerprint": fingerprint, "plan": plan})}), node_id, "query")
 
 
 def read_greeting(message: Message) -> Greeting:
@@ -100,6 +106,7 @@ def read_greeting(message: Message) -> Greeting:
         typed(said, "stream", str),
         typed(said, "fingerprint", str),
         typed(said, "studies", int),
+        _head(said),
     )
 
 
@@ -120,6 +127,8 @@ def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s
             "run": order.run,
             "round": order.round_number,
             "fingerprint": order.fingerprint,
+            "plan": order.plan,
+            "ledger": NO_LEDGER,
             "base": order.base,
             "nonce": order.nonce,
         }
@@ -167,6 +176,7 @@ def read_reply(message: Message, order: Order) -> Reply:
         bytes_up=_num_bytes(record),
         train_start=_moment(receipt, "train_start"),
         train_end=_moment(receipt, "train_end"),
+        ledger=_head(receipt),
     )
 
 
@@ -229,6 +239,14 @@ def _moment(receipt: Mapping[str, object], key: str) -> float:
     if not math.isfinite(value):
         raise UpdateError(f"field {key!r} of a message should be a time, it is {value}")
     return value
+
+
+def _head(record: Mapping[str, object]) -> str:
+    """The head of a site's ledger, or nothing; any other text has no business there."""
+    head = typed(record, "ledger", str) if "ledger" in record else NO_LEDGER
+    if head != NO_LEDGER and not HEAD.fullmatch(head):
+        raise UpdateError("field 'ledger' of a message should be a hash of 64 digits")
+    return head
 
 
 def _num_bytes(record: ArrayRecord) -> int:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Collection, Mapping
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmix import config
@@ -14,6 +15,7 @@ from fedmix.batch import STREAMS
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation.local import seed_of
 from server import messages
+from server.books import Books
 
 POLL_S = 0.05
 GREETING_POLL_S = 0.5  # kinder to a link over which the sites come one by one
@@ -21,10 +23,14 @@ GREETING_DEADLINE_S = 120.0
 
 
 class Roster:
-    """The sites of an experiment behind a Grid. Nodes that are none of them are never sent anything but the greeting."""
+    """The sites of an experiment behind a Grid.
 
-    def __init__(self, grid: Grid, experiment: config.Experiment) -> None:
-        self._grid, self._experiment = grid, experiment
+    In a run over real sites, which has ``books``, a node is asked who it is only if its key is registered under a site's name,
+    and is believed no other name. In a simulation every node is asked, and those that are no site are sent nothing else.
+    """
+
+    def __init__(self, grid: Grid, experiment: config.Experiment, *, run: str = "", books: Books | None = None) -> None:
+        self._grid, self._experiment, self._run, self._books = grid, experiment, run, books
         self._fingerprint = experiment.fingerprint()
         self.nodes: dict[str, int] = {}
         self.studies: dict[str, int] = {}
@@ -32,15 +38,17 @@ class Roster:
 
     def greet(self) -> None:
         """Learn which node is which site; every site of the experiment must be there and run the same experiment."""
-        asked = [messages.query(node_id) for node_id in self._wait_for_nodes()]
+        registered = self._wait_for_nodes()
+        plan = "" if self._books is None else self._books.plan
+        asked = [messages.query(node_id, fingerprint=self._fingerprint, plan=plan) for node_id in registered]
+        if self._books is not None:
+            for query in asked:
+                self._books.asked(query, registered[query.metadata.dst_node_id], self._run)
         # A site reads its whole shard before it answers, so it has at least as long as for a round.
         deadline_s = max(GREETING_DEADLINE_S, self._experiment.federation.deadline_s)
         wanted = {site.name for site in self._experiment.data.sites}
         for answer in self._grid.send_and_receive(asked, timeout=deadline_s):
-            try:
-                greeting = messages.read_greeting(answer)
-            except UpdateError as error:
-                raise RunError(str(error)) from None
+            greeting = self._read(answer, registered)
             if greeting.site not in wanted:
                 continue
             if greeting.fingerprint != self._fingerprint:
@@ -82,12 +90,34 @@ class Roster:
         """A site has lost what it held."""
         self._held.pop(site, None)
 
-    def _wait_for_nodes(self) -> list[int]:
+    def _read(self, answer: Message, registered: Mapping[int, str]) -> messages.Greeting:
+        """A node's greeting, written down; raises RunError with the node's own reason if it refused."""
+        name = registered.get(answer.metadata.src_node_id, "")
+        try:
+            greeting = messages.read_greeting(answer)
+            if self._books is not None and greeting.site != name:
+                raise UpdateError("its node answers under another name than its key is registered under; its agent is misled")
+        except UpdateError as error:
+            if self._books is None:
+                raise RunError(str(error)) from None
+            self._books.answered(answer, name, self._run, head="", why=str(error))
+            raise RunError(f"site {name}: {error}") from None
+        if self._books is not None:
+            self._books.answered(answer, name, self._run, head=greeting.ledger, why=None)
+        return greeting
+
+    def _wait_for_nodes(self) -> dict[int, str]:
+        """Ids of the nodes to ask, and the names that their keys are registered under, which a simulation has none of."""
+        sites = [site.name for site in self._experiment.data.sites]
         deadline = time.monotonic() + GREETING_DEADLINE_S
-        while len(nodes := list(self._grid.get_node_ids())) < len(self._experiment.data.sites):
+        while True:
+            if self._books is None:
+                nodes = dict.fromkeys(self._grid.get_node_ids(), "")
+            else:
+                nodes = {node.node_id: node.name for node in self._grid.get_nodes() if node.name in sites}
+            if len(nodes) >= len(sites):
+                return nodes
             if time.monotonic() > deadline:
-                raise RunError(
-                    f"{len(nodes)} of {len(self._experiment.data.sites)} nodes came within {GREETING_DEADLINE_S:.0f} s"
-                )
+                missing = f" ({', '.join(sorted(set(sites) - set(nodes.values())))} missing)" if self._books is not None else ""
+                raise RunError(f"{len(nodes)} of {len(sites)} nodes came within {GREETING_DEADLINE_S:.0f} s{missing}")
             time.sleep(GREETING_POLL_S)
-        return nodes

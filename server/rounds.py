@@ -7,6 +7,7 @@ and never a success; and after some failed rounds in a row the run stops and say
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, mea
 from fedmix.federation.weights import weights_of
 from server import messages
 from server.accounts import Taken, add, covered, facts_of_site, on_our_clock
+from server.books import Books
 from server.roster import POLL_S, Roster
 from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
@@ -73,12 +75,17 @@ class RoundLoop:
         watch: Watch,
         on_committed: Callable[[int, str, Parameters], None] | None = None,
         before_commit: Callable[[], None] | None = None,
+        books: Books | None = None,
     ) -> None:
-        """``on_committed`` is told each round; if it goes on beside the next one, ``before_commit`` waits for it."""
+        """``on_committed`` is told each round; if it goes on beside the next one, ``before_commit`` waits for it.
+
+        ``books`` are those of a run over real sites: every message is written down, and sites are known by their keys.
+        """
         self._grid, self._experiment, self._store, self._watch = grid, experiment, store, watch
         self._on_committed, self._before_commit = on_committed, before_commit
         self._fingerprint = experiment.fingerprint()
-        self._roster = Roster(grid, experiment)
+        self._books = books
+        self._roster = Roster(grid, experiment, run=store.run_id, books=books)
 
     def run(self, initial: Parameters) -> Committed:
         """Train every round that is not yet committed; returns where the run stands at the end."""
@@ -174,6 +181,8 @@ class RoundLoop:
     ) -> dict[str, Sent]:
         node_id = self._roster.nodes[order.site.name]
         message = messages.order_message(node_id, order, content, deadline_s=self._experiment.federation.deadline_s)
+        if self._books is not None:
+            self._books.sent(message, order)
         sent = Sent(order, time.time(), is_whole)
         ids = [one for one in self._grid.push_messages([message]) if one]  # Flower says None of what it could not send
         current.bytes_down[order.site.name] = current.bytes_down.get(order.site.name, 0) + size
@@ -189,6 +198,7 @@ class RoundLoop:
             run=self._store.run_id,
             round_number=current.number,
             fingerprint=self._fingerprint,
+            plan=self._books.plan if self._books is not None else "",
             base=base_of(groups),
             nonce=secrets.token_hex(16),
             groups=groups,
@@ -205,12 +215,15 @@ class RoundLoop:
         site = sent.order.site
         try:
             if message.has_error():  # the site's own word, or its engine's: no strike
+                self._note(message, sent.order, why=messages.reason(message))
                 self._drop(site.name, messages.reason(message), current)
                 return
             reply = messages.read_reply(message, sent.order)
             self._roster.holds(site.name, sent.order.groups)
-            update = self._screened(reply, sent.order, current, screen)
+            update, norm = self._screened(reply, sent.order, current, screen)
+            self._note(message, sent.order, reply=reply, norm=norm)
         except UpdateError as error:
+            self._note(message, sent.order, why=str(error))
             strikes = screen.strike(site.name)
             last = "; it is not asked again" if site.name in screen.struck_out() else ""
             self._drop(site.name, f"{error} (strike {strikes}{last})", current)
@@ -221,8 +234,21 @@ class RoundLoop:
         current.taken.append(taken)
         self._say("site", current, site.name, facts_of_site(taken, current.bytes_down[site.name]))
 
-    def _screened(self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen) -> Coded:
-        """The update, once nothing is found wrong with it; what it holds is decoded a slab at a time."""
+    def _note(
+        self,
+        message: Message,
+        order: messages.Order,
+        *,
+        reply: messages.Reply | None = None,
+        norm: float | None = None,
+        why: str | None = None,
+    ) -> None:
+        """Write a site's answer down, in a run over real sites."""
+        if self._books is not None:
+            self._books.received(message, order, reply=reply, norm=norm, why=why)
+
+    def _screened(self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen) -> tuple[Coded, float]:
+        """The update and its length, once nothing is found wrong with it; what it holds is decoded a slab at a time."""
         asked = screening.Asked(
             order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
         )
@@ -238,8 +264,9 @@ class RoundLoop:
             metrics=reply.metrics,
             second_moments=reply.second_moments,
         )
-        screen.take(update.site, order.site.stream, screening.norms_of(update, order.shapes), current.reach)
-        return update
+        norms = screening.norms_of(update, order.shapes)
+        screen.take(update.site, order.site.stream, norms, current.reach)
+        return update, math.hypot(*norms.values())
 
     def _drop(self, site: str, why: str, current: Round) -> None:
         current.failures[site] = why

@@ -1,0 +1,74 @@
+"""What the coordinator writes down of every message to and from a site, when a run is over real sites.
+
+An order's entry is in the ledger before the order leaves, and the order carries the ledger's head with it; a reply's entry
+holds the head that the site sent. So neither side can cut its ledger short without the other being able to show it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+
+from fedmix.deployment.ledger import Ledger
+from fedmix.federation.update import group_of
+from server.messages import Order, Reply
+
+
+@dataclass(frozen=True)
+class Books:
+    """The ledger of a run over real sites, and the digest of the plan that they approved."""
+
+    ledger: Ledger
+    plan: str
+
+    def asked(self, query: Message, site: str, run: str) -> None:
+        """Write down that a site is about to be asked whether it takes part."""
+        self._append("sent", query, site, {"run": run, "round": None, "direction": "out"})
+
+    def answered(self, answer: Message, site: str, run: str, *, head: str, why: str | None) -> None:
+        """Write down a greeting, or the reason that it is none."""
+        self._append("received", answer, site, {"run": run, "round": None, "direction": "in", "peer_head": head, "why": why})
+
+    def sent(self, message: Message, order: Order) -> None:
+        """Write down an order that is about to leave, and put the ledger's head into it."""
+        parameters, record = message.content["parameters"], message.content["order"]
+        groups = dict(Counter(map(group_of, parameters)))
+        facts = {"run": order.run, "round": order.round_number, "direction": "out", "groups": groups}
+        record["ledger"] = self._append("sent", message, order.site.name, facts)
+
+    def received(
+        self, message: Message, order: Order, *, reply: Reply | None = None, norm: float | None = None, why: str | None = None
+    ) -> None:
+        """Write down what a site answered. ``norm``: length of its update; ``why``: the reason it does not count."""
+        said: dict[str, Any] = {"groups": {}, "metrics": [], "peer_head": ""}
+        if reply is not None:
+            names = {array.partition(":")[0] for array in reply.arrays}
+            said = {"groups": dict(Counter(map(group_of, names))), "metrics": sorted(reply.metrics), "peer_head": reply.ledger}
+        facts = {"run": order.run, "round": order.round_number, "direction": "in", "norm": norm, "epsilon": None, "why": why}
+        self._append("received", message, order.site.name, facts | said)
+
+    def _append(self, event: str, message: Message, site: str, facts: Mapping[str, Any]) -> str:
+        said = {"peer": site, "kind": message.metadata.message_type, "plan": self.plan} | measured(message)
+        return self.ledger.append(event, **said, **facts)
+
+
+def measured(message: Message) -> dict[str, Any]:
+    """A message's bytes as Flower sends them, the number of objects that they are sent as, and the hash of its arrays."""
+    if not message.has_content():
+        return {"bytes": 0, "objects": 0, "sha256": ""}
+    with no_object_id_recompute():
+        objects = get_all_nested_objects(message)
+        num_bytes = sum(len(each.deflate()) for each in objects.values())
+    seen = hashlib.sha256()
+    for record in message.content.values():  # not .array_records, which holds the content in a reference cycle
+        if isinstance(record, ArrayRecord):
+            for name in sorted(record):
+                seen.update(f"{name}\n".encode())
+                seen.update(record[name].data)
+    return {"bytes": num_bytes, "objects": len(objects), "sha256": seen.hexdigest()}
