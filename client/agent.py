@@ -92,13 +92,22 @@ def cause_of(log: Path) -> str | None:
     return found[max(found)] if found else None
 
 
+def is_running(home: Home) -> bool:
+    """Whether an agent holds this home."""
+    try:
+        with _alone(home):
+            return False
+    except RunError:
+        return True
+
+
 @contextlib.contextmanager
 def _alone(home: Home) -> Iterator[None]:
     """Hold the home: two agents of one site would answer one another's messages."""
-    with (home.folder / "agent.lock").open("w") as file:
+    with (home.folder / "agent.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError("an agent runs on this home already; stop it first") from None
         yield
 

@@ -48,6 +48,17 @@ class Settings(BaseModel):
         return int(self.coordinator.rpartition(":")[2])
 
 
+def settings_of(name: str, coordinator: str, shard: Path, port: int) -> Settings:
+    """Settings as a person gives them. Raises ConfigError that names what is wrong."""
+    try:
+        return Settings(name=name, coordinator=coordinator, shard=shard, port=port)
+    except ValidationError as error:
+        first = error.errors()[0]
+        expected = {"name": "a small letter or digit, then up to 39 more, - or _", "coordinator": "HOST:PORT"}
+        where = str(first["loc"][0])
+        raise ConfigError(f"{where} = {first['input']!r}: it should be {expected.get(where, first['msg'].lower())}") from None
+
+
 @dataclass(frozen=True)
 class Home:
     """Where the files of one site are, and what they say."""

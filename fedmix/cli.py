@@ -24,6 +24,7 @@ from fedmix import config
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
 from fedmix.commands.shard import shard_app
+from fedmix.commands.site import site_app
 from fedmix.errors import ConfigError, FedmixError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ config_app = typer.Typer(
 )
 app.command()(prepare)
 app.add_typer(shard_app, name="shard")
+app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
