@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -23,12 +23,11 @@ from rich.text import Text
 from fedmix import config
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
+from fedmix.commands.screen import Screen
+from fedmix.commands.server import server_app
 from fedmix.commands.shard import shard_app
 from fedmix.commands.site import site_app
 from fedmix.errors import ConfigError, FedmixError
-
-if TYPE_CHECKING:
-    from fedmix.report.terminal import LiveView
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 config_app = typer.Typer(
@@ -38,6 +37,7 @@ app.command()(prepare)
 app.add_typer(shard_app, name="shard")
 app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")
+app.add_typer(server_app, name="server")
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 STOPPED = "fedmix: stopped; a run goes on with --resume"
@@ -49,30 +49,6 @@ class Engine(StrEnum):
     inprocess = "inprocess"
     ray = "ray"
     superlink = "superlink"
-
-
-class Screen:
-    """A LiveView that also takes plain sentences and dropped sites."""
-
-    def __init__(self, live: LiveView) -> None:
-        self._live = live
-
-    def start(self, total_rounds: int, sites: Mapping[str, str]) -> None:
-        """Begin a run."""
-        self._live.start(total_rounds, sites)
-
-    def update(self, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics, or say which site was dropped or which round failed, and why."""
-        if row["event"] == "dropped":
-            self.say(f"round {row['round']}: {row['site']} dropped, {row['why']}")
-        elif row["event"] == "failed":
-            self.say(f"round {row['round']} failed: {row['why']}")
-        else:
-            self._live.update(row)
-
-    def say(self, sentence: str) -> None:
-        """Print a sentence above the live view."""
-        self._live.console.print(Text(sentence, style="dim"), soft_wrap=True)
 
 
 @app.callback()

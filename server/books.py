@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
 from fedmix.deployment.ledger import Ledger
@@ -38,6 +38,7 @@ class Books:
     def sent(self, message: Message, order: Order) -> None:
         """Write down an order that is about to leave, and put the ledger's head into it."""
         parameters, record = message.content["parameters"], message.content["order"]
+        assert isinstance(record, ConfigRecord)
         groups = dict(Counter(map(group_of, parameters)))
         facts = {"run": order.run, "round": order.round_number, "direction": "out", "groups": groups}
         record["ledger"] = self._append("sent", message, order.site.name, facts)

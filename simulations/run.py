@@ -6,13 +6,10 @@ that was stopped goes on with ``resume`` where it was, and the report is the sam
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,14 +17,13 @@ from client.app import Place
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
-from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
-from fedmix.federation import robust
 from fedmix.report import html, summary
 from server import held_out as central
 from server.app import build_app, quick_evaluation
+from server.conclusion import evaluate, kept_evaluation, write_report
 from server.model_folder import save_model
-from server.store import Parameters, RunStore, warm_start_hashes
+from server.store import Parameters, RunStore
 from simulations import baselines, engine
 from simulations.partition import prepare_sites
 from simulations.ray_engine import run_on_ray
@@ -90,7 +86,7 @@ def simulate(
         for name in experiment.baselines:
             on_method(name)
             found |= _baseline(experiment, name, out / "baselines", ready)
-        _write_report(experiment, store, evaluation, found)
+        write_report(experiment, store, evaluation, found)
         return html.write_report(out)
     except (FedmixError, OSError) as error:
         store.finish("failed", str(error))
@@ -142,46 +138,10 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
 def _evaluate(
     experiment: config.Experiment, parameters: Parameters, ready: Ready, folder: Path, what: str, *, was_trained: bool = True
 ) -> dict[str, Any]:
-    """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it."""
-    kept = _kept_evaluation(experiment, folder)
-    if kept is not None:
-        return kept
-    ready.view.say(f"evaluating {what}")
-    started = time.time()
-    model = central.set_parameters(central.random_model(experiment, ready.tokenizer), parameters)
-    settings = central.settings_of(experiment)
-    settings = settings if was_trained else replace(settings, trained_on=())
-    evaluation = suite.evaluate(model, ready.held_out, tokenizer=ready.tokenizer, settings=settings)
-    source = _source(experiment)
-    if source is not None:
-        central.write_examples(folder / "evaluation", evaluation.examples, ready.held_out, ready.tokenizer, source)
-    result = {"of": _evaluated(experiment), "report": evaluation.as_report(), "seconds": time.time() - started}
-    summary.write_json(folder / "evaluation" / "evaluation.json", result)
-    return result
-
-
-def _kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, Any] | None:
-    """An evaluation that an earlier start of this run finished, if it was of the same model, data and settings."""
-    try:
-        kept: dict[str, Any] = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return kept if kept.get("of") == _evaluated(experiment) else None
-
-
-def _evaluated(experiment: config.Experiment) -> str:
-    """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
-    wanted = [experiment.data.held_out.model_dump(mode="json"), experiment.evaluation.model_dump(mode="json")]
-    if experiment.model.warm_start is not None:
-        wanted.append(warm_start_hashes(experiment))
-    return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()
-
-
-def _source(experiment: config.Experiment) -> str | None:
-    """Whose pictures a report may show: phantoms' and public studies', never a site's."""
-    if experiment.data.held_out.phantom is not None:
-        return "phantom"
-    return "public" if experiment.data.held_out.public else None
+    """What ``evaluate`` finds, and the word that it begins."""
+    if kept_evaluation(experiment, folder) is None:
+        ready.view.say(f"evaluating {what}")
+    return evaluate(experiment, parameters, ready.held_out, tokenizer=ready.tokenizer, folder=folder, was_trained=was_trained)
 
 
 def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, dict[str, Any]]:
@@ -192,9 +152,9 @@ def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Rea
         return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model", was_trained=False)}
     if name in baselines.SPECIAL:
         other = config.variant(experiment, name)
-        return {name: _kept_evaluation(other, folder / name) or _pooled(other, name, folder / name, ready)}
+        return {name: kept_evaluation(other, folder / name) or _pooled(other, name, folder / name, ready)}
     found = {
-        one: _kept_evaluation(other, folder / one) or _federated(other, one, folder / one, ready)
+        one: kept_evaluation(other, folder / one) or _federated(other, one, folder / one, ready)
         for one, other in baselines.federated(experiment, name).items()
     }
     if name in baselines.LOCAL_ONLY:
@@ -227,72 +187,3 @@ def _store(folder: Path, experiment: config.Experiment) -> RunStore:
         return RunStore(folder, experiment, resume=True)
     shutil.rmtree(folder, ignore_errors=True)
     return RunStore(folder, experiment, resume=False)
-
-
-def _write_report(experiment: config.Experiment, store: RunStore, evaluation: dict[str, Any], found: Mapping[str, Any]) -> None:
-    committed = store.latest()
-    assert committed is not None
-    totals = committed.totals
-    store.finish("completed")
-    manifest = store.manifest
-    sites = [
-        {
-            "name": site.name,
-            "stream": site.stream,
-            "studies": int(totals.get(f"studies/{site.name}", 0)),
-            "examples": int(totals.get(f"examples/{site.name}", 0)),
-            "bytes_up": int(totals.get(f"bytes_up/{site.name}", 0)),
-            "bytes_down": int(totals.get(f"bytes_down/{site.name}", 0)),
-        }
-        for site in experiment.data.sites
-    ]
-    report = summary.build_report(
-        run={
-            "name": experiment.name,
-            "state": "completed",
-            "seed": experiment.seed,
-            "started": manifest["started"],
-            "finished": manifest["finished"],
-            "rounds": experiment.num_rounds,
-        },
-        sites=sites,
-        evaluation=evaluation["report"],
-        baselines={name: _told(one) for name, one in found.items()},
-        communication={
-            "bytes_up": _sum(totals, "bytes_up/"),
-            "bytes_down": _sum(totals, "bytes_down/"),
-            "bytes_full_fp32": int(totals.get("bytes_full_fp32", 0)),
-        },
-        privacy={"mode": "none"},
-        timing={
-            "wall_s": store.wall_s,
-            "local_train_s": totals["local_train_s"],
-            "aggregate_s": totals["aggregate_s"],
-            "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),
-            "overhead_ratio": totals["rounds_s"] / totals["local_train_s"],
-        },
-        aggregation={
-            "rule": experiment.aggregation.rule,
-            "combine": experiment.aggregation.combine,
-            "promises": _promises(experiment),
-        },
-    )
-    summary.write_json(store.folder / "report.json", report)
-
-
-def _promises(experiment: config.Experiment) -> list[str]:
-    """What aggregation promises in each stage, with the experiment's sites."""
-    return [
-        f"stage {stage.name}, {promise}"
-        for stage in experiment.stages
-        for promise in robust.promises(robust.num_sites_of_tower(stage, experiment.data.sites), experiment.aggregation)
-    ]
-
-
-def _told(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A baseline's branch of report.json."""
-    return {"evaluation": result["report"]} | ({"site": result["site"]} if "site" in result else {})
-
-
-def _sum(totals: Mapping[str, float], prefix: str) -> int:
-    return int(sum(value for name, value in totals.items() if name.startswith(prefix)))
