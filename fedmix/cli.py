@@ -118,17 +118,29 @@ def _show_warm_start(experiment: config.Experiment) -> None:
 @app.command()
 def phantom(
     preview: Annotated[Path | None, typer.Option(help="write a contact sheet of all looks as PNG")] = None,
-    size: Annotated[int, typer.Option(min=48, max=512, help="pixels a side")] = 128,
-    seed: int = 0,
+    size: Annotated[int, typer.Option(min=48, max=512, help="pixels a side of the sheet's phantoms")] = 128,
+    seed: Annotated[int, typer.Option(help="of the sheet")] = 0,
     looks: Annotated[bool, typer.Option("--looks", help="list the looks, one a line")] = False,
+    experiment: Annotated[Path | None, typer.Option(help="experiment of which a site's phantoms are to be drawn")] = None,
+    site: Annotated[str | None, typer.Option(help="that site, one of its data.sites")] = None,
+    shard: Annotated[Path | None, typer.Option(help="the folder to write that site's prepared shard to")] = None,
 ) -> None:
     """Draw synthetic chest phantoms: what the simulations train on when no real data is at hand.
 
     Example:  fedmix phantom --preview phantoms.png
+
+    Example, the shard of a site:  fedmix phantom --experiment configs/smoke.yaml --site north --shard shards/north
     """
     from fedmix.data.phantom import LOOKS, contact_sheet
 
-    if looks or preview is None:
+    if experiment is not None and site is not None and shard is not None:
+        from simulations.partition import draw_site
+
+        draw_site(config.load(experiment).data, site, shard)
+        out_console.print(Text(f"wrote {shard}"), soft_wrap=True)
+    elif (experiment, site, shard) != (None, None, None):
+        raise ConfigError("a site's phantoms take all three: --experiment CONFIG --site NAME --shard FOLDER")
+    elif looks or preview is None:
         out_console.print("\n".join(LOOKS))
     if preview is not None:
         try:

@@ -16,7 +16,7 @@ from fedmix import config
 from fedmix.data import phantom
 from fedmix.data.shard import Shard, write_arrays
 from fedmix.data.tokenizer import Tokenizer
-from fedmix.errors import DataError
+from fedmix.errors import ConfigError, DataError
 
 # Phantoms are nobody, so the key that hides their patients is public.
 PHANTOM_KEY = hashlib.sha256(b"fedmix phantoms").digest()
@@ -41,6 +41,25 @@ def prepare_sites(
         elif site.phantom is not None:
             shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer)
     return shards
+
+
+def draw_site(data: config.Data, name: str, path: Path) -> None:
+    """Draw a site's phantoms into a shard of its own; the same bits as a simulation draws for it.
+
+    Raises ConfigError if the site has no phantoms, and DataError where the folder is taken or cannot be written.
+    """
+    _check_looks(data)
+    site = next((site for site in data.sites if site.name == name), None)
+    if site is None or site.phantom is None:
+        drawn = ", ".join(site.name for site in data.sites if site.phantom is not None)
+        raise ConfigError(f"the experiment draws no phantoms for a site {name!r}; it does for: {drawn or 'none'}")
+    if path.exists():
+        raise DataError(f"{path} is there already; name another folder, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _draw(path, site.phantom, site.stream, data, Tokenizer.load(data.tokenizer))
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: config.Data, tokenizer: Tokenizer) -> Path:
