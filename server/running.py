@@ -78,13 +78,9 @@ def read_plan(home: Home, path: Path) -> Agreed:
     if not plan.is_valid_on(datetime.datetime.now(datetime.UTC).date()):
         raise ConfigError(f"the plan was valid until {plan.valid_until}; make a new one, which the sites approve anew")
     if plan.code != plans.code_hash():
-        raise ConfigError(
-            "the plan was made with another version of fedmix than this one; make a new one for the sites to approve"
-        )
+        raise ConfigError("the plan was made with another version of fedmix; make a new one for the sites to approve")
     if not _experiment_file(home, digest).exists():
-        raise ConfigError(
-            f"the plan was not made in {home.folder}, or was changed since; run the file that `server plan` wrote"
-        )
+        raise ConfigError(f"the plan was not made in {home.folder}, or was changed since; run what `server plan` wrote")
     experiment = config.load(_experiment_file(home, digest))
     if experiment.fingerprint() != plan.fingerprint:
         raise ConfigError(f"{_experiment_file(home, digest)} is not the plan's experiment; make a new plan")
@@ -102,7 +98,7 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
         raise RunError(f"{', '.join(missing)} not registered; ask for key.pub, then: fedmix server register SITE --key key.pub")
     with connected(home) as control:
         active = next((one for one in control.runs() if one.name == folder.name and not one.is_over), None)
-        _prepare(folder, agreed, home, resume=resume)
+        _prepare(folder, agreed, home, resume=resume, is_active=active is not None)
         if active is None:
             (folder / deploy.EVENTS).unlink(missing_ok=True)
             number = control.start(deploy.write_bundle(home.flower("user") / "bundle"), folder.name)
@@ -144,18 +140,17 @@ def _with_whole_paths(experiment: config.Experiment) -> dict[str, Any]:
     return values
 
 
-def _prepare(folder: Path, agreed: Agreed, home: Home, *, resume: bool) -> None:
+def _prepare(folder: Path, agreed: Agreed, home: Home, *, resume: bool, is_active: bool) -> None:
     """Make the run folder, or see that it may be taken up."""
     if (folder / deploy.PLAN).exists() and plans.digest(folder / deploy.PLAN) != agreed.digest:
         raise RunError(f"the run in {folder} follows another plan; give the experiment another name, or move that folder away")
-    if (folder / "manifest.json").exists() != resume:
-        raise RunError(
-            f"{folder} holds no run to resume; start it without --resume"
-            if resume
-            else f"{folder} already holds a run; go on with --resume, or move the folder away"
-        )
+    was_begun = is_active or (folder / "manifest.json").exists()
+    if was_begun and not resume:
+        raise RunError(f"{folder} already holds a run; go on with --resume, or move the folder away")
+    if resume and not was_begun:
+        raise RunError(f"{folder} holds no run to resume; start it without --resume")
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_held(folder):
+    if not is_active:
         shutil.copyfile(home.plans / f"{agreed.digest}.yaml", folder / deploy.PLAN)
         (folder / "config.yaml").write_text(agreed.experiment.to_yaml())
 
