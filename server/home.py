@@ -26,6 +26,14 @@ SITE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as in data.sites
 HOST = r"^([A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?|::1)$"
 MAX_KEY_BYTES = 4096
 
+# Environment variables of flower-superexec, for the ServerApps that it starts:
+RUNS = "FEDMIX_RUNS"  # the folder of run folders
+LEDGER = "FEDMIX_LEDGER"  # the coordinator's ledger
+
+# Files of a run folder beside those that a simulation has:
+PLAN = "plan.yaml"  # the plan that its sites approved
+EVENTS = "events.jsonl"  # rows as they come, for whoever watches
+
 
 class Settings(BaseModel):
     """server.yaml. ``host`` is the name that sites dial; ``listen`` the address of this machine that takes their calls.

@@ -13,9 +13,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedmix.errors import ConfigError, RunError
-from server import certificates, coordinator
+from server import certificates, coordinator, serving
 from server.home import Home, Settings
-from server.superlink import listening
 
 PORTS = {"port": 9443, "control_port": 9444, "health_port": 9445}
 
@@ -148,17 +147,17 @@ def test_a_certificate_is_renewed_before_it_ends_and_when_the_host_changes(home:
 
 
 def test_a_home_serves_one_coordinator_and_says_which_port_is_taken(tmp_path: Path) -> None:
-    taken = listening("127.0.0.1", 0)
+    taken = coordinator.listening("127.0.0.1", 0)
     port = taken.getsockname()[1]
     home = Home(tmp_path / "home")
     coordinator.init(home, settings(port=port))
     with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-        coordinator.start(home, say=lambda sentence: None)
+        serving.start(home, say=lambda sentence: None)
     taken.close()
     assert coordinator.running(home) is None
-    with coordinator._held(home):
+    with coordinator.held(home):
         assert coordinator.running(home) is not None
         with pytest.raises(RunError, match=r"runs in .* already"):
-            coordinator.start(home, say=lambda sentence: None)
+            serving.start(home, say=lambda sentence: None)
     with pytest.raises(RunError, match="no coordinator runs"):
-        coordinator.stop(home, say=lambda sentence: None)
+        serving.stop(home, say=lambda sentence: None)

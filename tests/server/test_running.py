@@ -12,9 +12,9 @@ from little import values, write_config
 from fedmix import config
 from fedmix.deployment import plan as plans
 from fedmix.errors import ConfigError, RunError
-from server import coordinator, deploy, running, standing
+from server import coordinator, deploy, planning, running, standing
 from server.control import FlowerRun
-from server.home import Home, Settings
+from server.home import EVENTS, PLAN, Home, Settings
 
 SITES = ("north", "south", "west")
 
@@ -26,14 +26,14 @@ def home(tmp_path: Path) -> Home:
     return made
 
 
-def agreed(home: Home, out: Path) -> running.Agreed:
+def agreed(home: Home, out: Path) -> planning.Agreed:
     experiment = config.load(write_config(out.parent, values(Path("phantoms"))))
-    return running.make_plan(home, experiment, SITES, out=out, valid_days=30)
+    return planning.make_plan(home, experiment, SITES, out=out, valid_days=30)
 
 
 def test_a_plan_is_run_as_it_was_made_and_with_the_coordinators_own_paths(home: Home, tmp_path: Path) -> None:
     made = agreed(home, tmp_path / "plan.yaml")
-    assert running.read_plan(home, tmp_path / "plan.yaml") == made
+    assert planning.read_plan(home, tmp_path / "plan.yaml") == made
     assert made.experiment.data.cache.is_absolute()
     assert made.experiment.fingerprint() == made.plan.fingerprint
     assert made.plan.coordinator == "localhost:9443"
@@ -46,13 +46,13 @@ def test_a_plan_that_was_changed_is_of_another_coordinator_or_of_other_code_is_n
     made = agreed(home, path)
     (tmp_path / "longer.yaml").write_text(path.read_text() + "\n")
     with pytest.raises(ConfigError, match=r"was not made in .*, or was changed since"):
-        running.read_plan(home, tmp_path / "longer.yaml")
+        planning.read_plan(home, tmp_path / "longer.yaml")
     plans.write(made.plan.model_copy(update={"valid_until": datetime.date(2020, 1, 1)}), tmp_path / "old.yaml")
     with pytest.raises(ConfigError, match="valid until 2020-01-01"):
-        running.read_plan(home, tmp_path / "old.yaml")
+        planning.read_plan(home, tmp_path / "old.yaml")
     monkeypatch.setattr(plans, "code_hash", lambda: "0" * 64)
     with pytest.raises(ConfigError, match="another version of fedmix"):
-        running.read_plan(home, path)
+        planning.read_plan(home, path)
 
 
 def test_a_run_of_sites_that_are_not_registered_is_refused_before_anything_is_asked(home: Home, tmp_path: Path) -> None:
@@ -65,13 +65,13 @@ def test_a_run_folder_belongs_to_one_plan_and_is_taken_up_only_when_told(home: H
     with pytest.raises(RunError, match="no run to resume"):
         running._prepare(folder, one, home, resume=True, is_active=False)
     running._prepare(folder, one, home, resume=False, is_active=False)
-    assert plans.digest(folder / deploy.PLAN) == one.digest
+    assert plans.digest(folder / PLAN) == one.digest
     assert config.load(folder / "config.yaml").fingerprint() == one.plan.fingerprint
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(RunError, match="go on with --resume"):
         running._prepare(folder, one, home, resume=False, is_active=False)
     running._prepare(folder, one, home, resume=True, is_active=False)
-    (folder / deploy.PLAN).write_text("another")
+    (folder / PLAN).write_text("another")
     with pytest.raises(RunError, match="follows another plan"):
         running._prepare(folder, one, home, resume=True, is_active=False)
 
@@ -101,7 +101,7 @@ def test_a_coordinator_that_does_not_serve_still_tells_how_its_runs_stand(home: 
     folder = home.runs / "little"
     (folder / "checkpoints" / "round-00003").mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"state": "running", "cause": None}))
-    (folder / deploy.EVENTS).write_text(
+    (folder / EVENTS).write_text(
         json.dumps({"event": "dropped", "round": 4, "site": "north", "why": "no reply before the deadline"}) + "\n"
     )
     found = standing.standing(home)
