@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
+from fedmix.deployment import bundle
 from fedmix.deployment import plan as plans
 from fedmix.deployment.plan import Plan
 from fedmix.errors import ConfigError, FedmixError, RunError
@@ -105,7 +106,7 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
         _prepare(folder, agreed, home, resume=resume)
         if active is None:
             (folder / deploy.EVENTS).unlink(missing_ok=True)
-            number = control.start(deploy.write_bundle(home.flower("user") / "bundle"), folder.name)
+            number = control.start(bundle.write(home.flower("user") / "bundle"), folder.name)
         else:
             number = active.run_id
             view.say("the run is going on; following it")
