@@ -21,18 +21,18 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from client import messages, parameters, ranks
+from client import gate, messages, parameters, ranks
+from client.home import Home
 from client.state import SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
-from fedmix.errors import ConfigError, DataError, FedmixError
+from fedmix.errors import ConfigError, DataError, FedmixError, PolicyError
 from fedmix.federation import compression, local
 from fedmix.federation.microbatch import parts_of
 from fedmix.federation.optimisers import OptimiserState
 from fedmix.federation.update import Update
-from fedmix.model.encoder import MixedModel
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
 
@@ -47,8 +47,11 @@ class Place:
     state: Path
 
 
-def build_app(locate: Callable[[Context], Place]) -> ClientApp:
-    """A ClientApp for the node that ``locate`` describes."""
+Locate = Callable[[Context], Place | Home]
+
+
+def build_app(locate: Locate) -> ClientApp:
+    """A ClientApp for the node that ``locate`` describes: a simulated place, or a hospital's home, whose policy rules."""
     app = ClientApp()
 
     @app.query()
@@ -62,40 +65,75 @@ def build_app(locate: Callable[[Context], Place]) -> ClientApp:
     return app
 
 
-def _answer(
-    job: Callable[[Message, Place], Message], message: Message, context: Context, locate: Callable[[Context], Place]
-) -> Message:
+def build_refusal(why: str, locate: Locate) -> ClientApp:
+    """A ClientApp that answers everything with a refusal, which is in the ledger of a home."""
+    app = ClientApp()
+
+    def refuse(message: Message, place: Place) -> Message:
+        raise PolicyError(why)
+
+    @app.query()
+    def greet(message: Message, context: Context) -> Message:
+        return _answer(refuse, message, context, locate)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(refuse, message, context, locate)
+
+    return app
+
+
+def _answer(job: Callable[[Message, Place], Message], message: Message, context: Context, locate: Locate) -> Message:
     """A job's reply, or a refusal; what a bug raises is named by its kind only, for its text may quote data."""
-    place: Place | None = None
+    place: Place | Home | None = None
     try:
         place = locate(context)
-        return job(message, place)
+        if isinstance(place, Place):
+            return job(message, place)
+        return gate.guarded(place, message, lambda admitted: job(message, _place(place, admitted)), _trained_shapes)
     except parameters.NeedsAllError as error:
         return messages.refusal(message, str(error), messages.NEEDS_ALL)
     except FedmixError as error:
         return messages.refusal(message, str(error))
     except Exception as error:  # it must reach the server as a reply, or the round would wait for it
         if place is not None:
-            _keep_details(place)
+            _keep_details(place.state)
         return messages.refusal(
             message, f"the site's job failed with {type(error).__name__}; last_error.txt in its state folder has the details"
         )
 
 
-def _keep_details(place: Place) -> None:
+def _keep_details(state: Path) -> None:
     """Leave the traceback where the site's engineer finds it, and nobody else."""
     with contextlib.suppress(OSError):
-        place.state.mkdir(parents=True, exist_ok=True)
-        (place.state / "last_error.txt").write_text(traceback.format_exc())
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "last_error.txt").write_text(traceback.format_exc())
 
 
-def from_node_config(context: Context) -> Place:
-    """The place that a SuperNode's ``--node-config`` describes: site, experiment, shard, state."""
+def from_node_config(context: Context) -> Place | Home:
+    """What a SuperNode's ``--node-config`` describes: a place by site, experiment, shard, state; a home by site, home."""
+    if "home" in context.node_config:
+        home = Home(Path(str(context.node_config["home"])))
+        if home.settings().name != context.node_config.get("site"):
+            raise ConfigError("the SuperNode's --node-config names another site than its home's site.yaml")
+        return home
     missing = [key for key in ("site", "experiment", "shard", "state") if key not in context.node_config]
     if missing:
         raise ConfigError(f"the SuperNode's --node-config lacks {', '.join(missing)}")
     values = {key: str(context.node_config[key]) for key in ("site", "experiment", "shard", "state")}
     return Place(values["site"], Path(values["experiment"]), Path(values["shard"]), Path(values["state"]))
+
+
+def _place(home: Home, admitted: gate.Admitted) -> Place:
+    """Where a job that the gate has admitted finds its files."""
+    return Place(admitted.site, admitted.experiment_file, admitted.shard, home.state)
+
+
+def _trained_shapes(admitted: gate.Admitted, round_number: int) -> gate.Shapes:
+    """The parameters of which this site may send a change, and their shapes."""
+    stage, _ = admitted.experiment.stage_of(round_number)
+    model = _learner(admitted.experiment_file, stage.name).model
+    return {name: value.shape for name, value in parameters.reached(model, admitted.stream).items()}
 
 
 app = build_app(from_node_config)
@@ -266,12 +304,7 @@ def _learner(experiment_path: Path, stage_name: str) -> Learner:
     """
     experiment = _experiment(experiment_path)
     tokenizer = _tokenizer(experiment.data.tokenizer)
-    model = MixedModel(
-        experiment.model,
-        image_size=experiment.data.image_size,
-        max_words=experiment.data.max_words,
-        vocabulary=tokenizer.vocab_size,
-    )
+    model = parameters.model_of(experiment, tokenizer)
     word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
     model.to(local.device_named(experiment.federation.device))
     return Learner(model, _stage(experiment, stage_name).objectives, word_ids)

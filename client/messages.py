@@ -21,6 +21,7 @@ from fedmix.federation.update import Update, typed
 # Flower reserves codes below 1000 for itself; the reasons that go with these are safe to show.
 REFUSED = 1001
 NEEDS_ALL = 1004  # the order left out parameters that this site does not hold
+NO_LEDGER = ""  # simulated places keep none
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # it names a folder at this site, so it is never taken on trust
 
 
@@ -67,8 +68,10 @@ def read_order(message: Message) -> Order:
 
 
 def greeting(message: Message, *, site: str, stream: str, fingerprint: str, studies: int) -> Message:
-    """Who this site is and what it holds, in answer to the server's query."""
-    content = ConfigRecord({"site": site, "stream": stream, "fingerprint": fingerprint, "studies": studies})
+    """Who this site is and what it holds, in answer to the server's query; the gate puts its ledger's head in."""
+    content = ConfigRecord(
+        {"site": site, "stream": stream, "fingerprint": fingerprint, "studies": studies, "ledger": NO_LEDGER}
+    )
     return Message(RecordDict({"greeting": content}), reply_to=message)
 
 
@@ -77,7 +80,7 @@ def reply(
 ) -> Message:
     """A site's update as the answer to its order, its changes in their coded form.
 
-    ``trained_s`` is when training began and ended (seconds since 1970).
+    ``trained_s`` is when training began and ended (seconds since 1970). The gate puts its ledger's head in.
     """
     receipt = ConfigRecord(
         {
@@ -90,6 +93,7 @@ def reply(
             "steps": update.steps,
             "train_start": trained_s[0],
             "train_end": trained_s[1],
+            "ledger": NO_LEDGER,
         }
     )
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {

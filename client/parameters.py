@@ -13,7 +13,9 @@ from torch import Tensor
 
 from client.messages import Order
 from client.state import SiteState
+from fedmix import config
 from fedmix.batch import Stream
+from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
 from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, tower_of
 from fedmix.model.encoder import MixedModel
@@ -23,9 +25,24 @@ class NeedsAllError(DataError):
     """This site does not hold what the order left out; the server answers with an order that carries everything."""
 
 
+def model_of(experiment: config.Experiment, tokenizer: Tokenizer) -> MixedModel:
+    """The experiment's model with chance parameters, all of which that matter here an order replaces."""
+    return MixedModel(
+        experiment.model,
+        image_size=experiment.data.image_size,
+        max_words=experiment.data.max_words,
+        vocabulary=tokenizer.vocab_size,
+    )
+
+
+def reached(model: MixedModel, stream: Stream) -> dict[str, Tensor]:
+    """The parameters that a stream's losses reach: those that a site of it is sent, and may send a change of."""
+    return {name: value for name, value in model.named_parameters() if stream in REACHED_BY[tower_of(group_of(name))]}
+
+
 def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> dict[str, Tensor]:
     """Copy the order's parameters in, all that this site's stream reaches and no other, and return them."""
-    own = {name: value for name, value in model.named_parameters() if stream in REACHED_BY[tower_of(group_of(name))]}
+    own = reached(model, stream)
     _check_names(order, own)
     parameters = _complete(order, own, state)
     with torch.no_grad():

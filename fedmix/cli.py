@@ -26,6 +26,7 @@ from fedmix.commands.prepare import prepare
 from fedmix.commands.screen import Screen
 from fedmix.commands.server import server_app
 from fedmix.commands.shard import shard_app
+from fedmix.commands.site import site_app
 from fedmix.errors import ConfigError, FedmixError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -34,6 +35,7 @@ config_app = typer.Typer(
 )
 app.command()(prepare)
 app.add_typer(shard_app, name="shard")
+app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")
 app.add_typer(server_app, name="server")
 

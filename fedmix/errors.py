@@ -27,3 +27,7 @@ class RunError(FedmixError):
 
 class LedgerError(FedmixError):
     """A ledger is not whole, or an entry cannot be kept; nothing that it should tell of may happen."""
+
+
+class PolicyError(FedmixError):
+    """A hospital's policy does not let a message in or out; the sentence is fit to be sent."""

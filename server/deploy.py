@@ -1,9 +1,4 @@
-"""The ServerApp that a SuperLink runs, and the bundle of files that names it.
-
-The bundle holds no code: Flower puts a bundle first on ``sys.path`` at the server and at every site, so what it carries
-would stand before the installed package, and a hospital would run what was sent to it instead of what it installed. A
-bundle of one pyproject.toml names the apps, and every machine runs its own fedmix.
-"""
+"""The ServerApp that a SuperLink runs; ``fedmix.deployment.bundle`` names it to Flower."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +27,6 @@ from server.rounds import Watch
 from server.store import RunStore
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # it comes over the Control API, so it never leads out of RUNS
-
-BUNDLE = """\
-[project]
-name = "fedmix"
-version = "{version}"
-description = "Names the ServerApp and ClientApp of the installed fedmix."
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedmix"
-
-[tool.flwr.app.components]
-serverapp = "server.deploy:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run = ""
-"""
 
 STOPPED = "it was stopped; go on with --resume"
 
@@ -114,10 +89,3 @@ def teller(folder: Path) -> Watch:
             file.write(line + "\n")
 
     return tell
-
-
-def write_bundle(folder: Path) -> Path:
-    """A folder that ``flwr run`` and ``flwr build`` take."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pyproject.toml").write_text(BUNDLE.format(version=metadata.version("fedmix")))
-    return folder

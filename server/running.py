@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
+from fedmix.deployment import bundle
 from fedmix.deployment import plan as plans
 from fedmix.errors import FedmixError, RunError
 from fedmix.report import html
@@ -64,7 +65,7 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
         _prepare(folder, agreed, home, resume=resume, is_active=active is not None)
         if active is None:
             (folder / EVENTS).unlink(missing_ok=True)
-            number = control.start(deploy.write_bundle(home.flower("user") / "bundle"), folder.name)
+            number = control.start(bundle.write(home.flower("user") / "bundle"), folder.name)
         else:
             number = active.run_id
             view.say("the run is going on; following it")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from client.app import Place
+from fedmix.deployment import bundle as bundles
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.processes import Group
 from fedmix.errors import RunError
@@ -105,7 +106,7 @@ def _start_site(group: Group, link: Link, place: Place, *, port: int, threads: i
 
 def _run(group: Group, link: Link, name: str, watch: Watch) -> None:
     """Hand the run in, show its rows as they come, and raise RunError unless it completes."""
-    bundle, run_config = deploy.write_bundle(link.files / "fedmix"), link.files / "run.toml"
+    bundle, run_config = bundles.write(link.files / "fedmix"), link.files / "run.toml"
     _write_toml(run_config, {"run": name})
     environment = link.environment("user")
     # Without an address of its own, `flwr run` would start a SuperLink that outlives it.

@@ -218,6 +218,7 @@ def test_a_site_answers_with_an_update_of_its_own_towers_and_counts(world: World
         "site": "north",
         "nonce": NONCE,
         "steps": 2,
+        "ledger": "",
     }
     assert dict(content.metric_records["examples"]) == {"image": 8, "text": 0, "paired": 0}
     assert set(content.metric_records["metrics"]) == {"mvm/loss"}

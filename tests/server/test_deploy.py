@@ -1,37 +1,18 @@
-"""The ServerApp under a SuperLink: what it is told, and what is sent to hospitals in its name."""
+"""The ServerApp under a SuperLink, and what it is told."""
 
 from __future__ import annotations
 
-import tomllib
-import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.cli.build import build_fab_from_disk
-from flwr.cli.config_utils import load_and_validate
 from little import DirectGrid, World, everyone
 
-import client.app
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
 from server import deploy
 from server.home import RUNS
 from server.store import RunStore
-
-
-@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's
-def test_the_bundle_holds_no_code_and_names_the_installed_apps(tmp_path: Path) -> None:
-    folder = deploy.write_bundle(tmp_path / "fedmix")
-    settings, warnings = load_and_validate(folder / "pyproject.toml")
-    assert warnings == []
-    assert settings["tool"]["flwr"]["app"]["components"] == {"serverapp": "server.deploy:app", "clientapp": "client.app:app"}
-    assert deploy.app is not None
-    assert client.app.app is not None
-    with zipfile.ZipFile(BytesIO(build_fab_from_disk(folder))) as bundle:
-        assert sorted(bundle.namelist()) == [".info/CONTENT", "pyproject.toml"]
-        assert tomllib.loads(bundle.read("pyproject.toml").decode())["project"]["name"] == "fedmix"
 
 
 @pytest.mark.parametrize("name", ["", "..", "../other", "/etc", "a/b", ".hidden", "a" * 81])

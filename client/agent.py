@@ -1,0 +1,118 @@
+"""The agent: a SuperNode that dials the coordinator, and the program that answers its messages, both kept running.
+
+It opens no port but one of the loopback interface, between its own two programs, which know each other by a secret of this
+home. What ends is started again, so an agent that is not registered yet, or whose coordinator is away, waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from client import runner
+from client.home import Home
+from fedmix.deployment.environment import LOOPBACK, flower_environment
+from fedmix.deployment.supervisor import Program, Supervisor
+from fedmix.errors import RunError
+
+SUPERNODE, EXECUTOR = "supernode", "executor"
+LOG_TAIL_BYTES = 8192
+
+# What Flower's log says when a SuperNode ends, and what that means for the person who reads this.
+CAUSES = {
+    "Invalid SuperNode authentication": (
+        "the coordinator does not take this site's signature: this machine's clock may be wrong, see `fedmix site doctor`"
+    ),
+    "Failed to activate SuperNode": (
+        "the coordinator does not know this site's key yet, or has another agent with it online; send it key.pub and wait"
+    ),
+    "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate does not fit ca.crt, see `fedmix site doctor`",
+    "Connection refused": "nobody listens at the coordinator's address; it may be down for a moment",
+    "Name or service not known": "the coordinator's name is not found, see `fedmix site doctor`",
+    "address already in use": "the port in site.yaml is taken; set it to 0 for any that is free",
+}
+
+
+def run(home: Home, say: Callable[[str], None]) -> None:
+    """Keep this site's agent running until it is told to stop. ``say`` takes sentences for the person who watches.
+
+    Raises RunError if one runs already, and ConfigError where the home is not whole.
+    """
+    home.policy()  # what it would refuse at every message it refuses now
+    with _alone(home):
+        programs = programs_of(home)
+        ledger = home.ledger()
+        ledger.append("started")
+
+        def on_event(name: str, what: str) -> None:
+            say(f"{name}: {what}")
+            if name == SUPERNODE and "starts again" in what and (why := cause_of(home.logs / f"{SUPERNODE}.log")):
+                say(f"{SUPERNODE}: {why}")
+
+        say(f"dialling {home.settings().coordinator} as {home.settings().name}; logs are in {home.logs}")
+        Supervisor(programs, on_event=on_event).run()
+        ledger.append("stopped")
+
+
+def programs_of(home: Home) -> list[Program]:
+    """The agent's two programs."""
+    settings = home.settings()
+    port = settings.port or _free_port()
+    node_config = home.flower / "node.toml"
+    home.flower.mkdir(parents=True, exist_ok=True)
+    # By a file: on a command line Flower takes no path with a quote in it. TOML's strings are JSON's.
+    values = {"site": settings.name, "home": str(home.folder.absolute())}
+    node_config.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()))
+    environment = flower_environment(home.flower)
+    own = ["--superexec-auth-secret-file", str(home.secret)]
+    supernode = ["flower-supernode", "--superlink", settings.coordinator, "--root-certificates", str(home.ca)]
+    supernode += ["--auth-supernode-private-key", str(home.key), "--node-config", str(node_config)]
+    supernode += ["--host", LOOPBACK, "--port", str(port), "--isolation", "process", *own]
+    python, *executor = runner.program("execute")
+    executor += ["--insecure", "--runtime-api-address", f"{LOOPBACK}:{port}", *own]
+    return [
+        Program(SUPERNODE, supernode, environment, home.logs / f"{SUPERNODE}.log"),
+        Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log"),
+    ]
+
+
+def cause_of(log: Path) -> str | None:
+    """Why a SuperNode ended, in words, by the end of its log; none if it says nothing that is known."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            tail = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    found = {tail.rfind(said): why for said, why in CAUSES.items() if said in tail}
+    return found[max(found)] if found else None
+
+
+def is_running(home: Home) -> bool:
+    """Whether an agent holds this home."""
+    try:
+        with _alone(home):
+            return False
+    except RunError:
+        return True
+
+
+@contextlib.contextmanager
+def _alone(home: Home) -> Iterator[None]:
+    """Hold the home: two agents of one site would answer one another's messages."""
+    with (home.folder / "agent.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError("an agent runs on this home already; stop it first") from None
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind((LOOPBACK, 0))
+        return int(one.getsockname()[1])

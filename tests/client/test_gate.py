@@ -1,0 +1,383 @@
+"""The gate: what a hospital's policy does not allow is neither begun nor sent, and the ledger tells of every message."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hospitals import answer, approved, hospital, query, refused, set_policy, written_plan
+from little import World, values
+from test_app import ask, order, sent_by
+
+from client import app as client_app
+from client import gate, messages
+from client.home import Home
+from fedmix.deployment.ledger import verify
+from fedmix.errors import FedmixError, PolicyError
+from server import messages as server_messages
+
+HEAD = "1" * 64
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+    return World(tmp_path, values(tmp_path))
+
+
+@pytest.fixture
+def made(world: World, tmp_path: Path) -> Home:
+    """West's home, before any plan."""
+    return hospital(tmp_path / "west", world)
+
+
+def told(world: World, plan: str, **changes: Any) -> Message:
+    """An order to west under a plan."""
+    return order(world, "paired", plan=plan, ledger=HEAD, round=2, **changes)
+
+
+def entries(made: Home) -> list[dict[str, Any]]:
+    verify(made.ledger_file)
+    return [json.loads(line) for line in made.ledger_file.read_text().splitlines()]
+
+
+def hostile(monkeypatch: pytest.MonkeyPatch, change: Callable[[Message], Any]) -> None:
+    """Have the job's reply changed before the gate sees it."""
+    reply = messages.reply
+
+    def changed(*args: Any, **options: Any) -> Message:
+        said = reply(*args, **options)
+        change(said)
+        return said
+
+    monkeypatch.setattr(client_app.messages, "reply", changed)
+
+
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_app.local, "train", lambda *args, **options: pytest.fail("trained for nothing"))
+
+
+# ---- what is answered
+
+
+def test_an_approved_plan_is_answered_and_each_message_is_in_the_ledger(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    greeting = answer(made, query(plan, world))
+    assert server_messages.read_greeting(greeting).site == "west"
+    reply = answer(made, told(world, plan))
+    assert not reply.has_error(), reply.error.reason
+    created, approval, asked, greeted, received, sent = entries(made)
+    assert [created["event"], approval["event"], asked["event"], greeted["event"]] == [
+        "created",
+        "approved",
+        "received",
+        "sent",
+    ]
+    assert greeting.content.config_records["greeting"]["ledger"] == greeted["hash"]
+    assert reply.content.config_records["receipt"]["ledger"] == sent["hash"]
+    assert (received["kind"], received["round"], received["peer_head"]) == ("train", 2, HEAD)
+    arrays = reply.content.array_records["deltas"]
+    assert sum(sent["groups"].values()) == len(arrays)
+    assert set(sent["metrics"]) == set(reply.content.metric_records["metrics"])
+    norm = np.sqrt(sum(float(np.square(array.numpy(), dtype=np.float64).sum()) for array in arrays.values()))
+    assert sent["norm"] == pytest.approx(norm)
+    payload = sum(len(array.data) for array in arrays.values())
+    assert payload < sent["bytes"] < payload + 600 * sent["objects"]
+    assert (sent["plan"], sent["run"], sent["direction"], sent["epsilon"]) == (plan, "little-000000000000", "out", None)
+
+
+def test_the_update_is_the_one_that_a_simulated_place_sends(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    assert sent_by(answer(made, told(world, plan))) == sent_by(ask(world.places[2], order(world, "paired", round=2)))
+
+
+# ---- what is not begun
+
+
+def test_without_a_plan_nothing_is_answered(made: Home, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_work(monkeypatch)
+    assert "names no plan" in refused(made, query("", world))
+    assert "names no plan" in refused(made, order(world, "paired", round=2))
+    assert "names no plan" in refused(made, query("../../etc/passwd", world))
+
+
+def test_an_unapproved_plan_is_refused_and_the_refusal_is_in_the_ledger(made: Home, world: World) -> None:
+    why = refused(made, told(world, "a" * 64))
+    assert why == f"plan {'a' * 12} is not approved at this site; send it there for `fedmix site review`"
+    received, said = entries(made)[-2:]
+    assert (received["event"], said["event"], said["why"]) == ("received", "refused", why)
+
+
+def test_one_byte_changed_in_an_approved_plan_is_refused(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    path = made.approved(plan)
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert "was changed at this site after it was approved" in refused(made, told(world, plan))
+
+
+def test_an_expired_plan_is_refused(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    late = datetime.datetime.now().astimezone() + datetime.timedelta(days=40)
+    with pytest.raises(PolicyError, match="was valid until"):
+        gate.admit(made, told(world, plan), now=late)
+    assert gate.admit(made, told(world, plan)).plan == plan
+
+
+def test_a_plan_of_other_code_is_refused(made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    monkeypatch.setattr(gate.plans, "code_hash", lambda: "0" * 64)
+    assert "another fedmix than the one that is installed" in refused(made, told(world, plan))
+
+
+def test_another_experiment_under_an_approved_plan_is_refused(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    assert "fingerprints differ" in refused(made, told(world, plan, fingerprint="0" * 64))
+
+
+def test_outside_the_hours_nothing_begins(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    set_policy(made, hours={"begin": 20, "end": 6})
+    noon, night = (datetime.datetime.now().astimezone().replace(hour=hour) for hour in (12, 23))
+    with pytest.raises(PolicyError, match=r"takes part from 20 to 6 o'clock of its local time, it is 12 there"):
+        gate.admit(made, told(world, plan), now=noon)
+    assert gate.admit(made, told(world, plan), now=night).plan == plan
+
+
+def test_privacy_that_no_plan_has_refuses_every_plan(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    for privacy in ({"mode": "dp", "epsilon": 3.0}, {"secure_sum": True}):
+        set_policy(made, privacy=privacy)
+        assert "asks for differential privacy or secure sums" in refused(made, told(world, plan))
+
+
+def test_too_few_studies_are_refused_without_their_number(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    set_policy(made, min_studies=1000)
+    assert refused(made, query(plan, world)) == "this site takes part with 1000 training studies or more, and has fewer"
+
+
+@pytest.mark.parametrize("text", [None, "hours: 3", "max_norms: 3", "max_norm: .inf", "- a", "groups: ['; rm']", "\x00"])
+def test_a_policy_that_is_not_understood_refuses_everything(text: str | None, made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    made.policy_file.unlink() if text is None else made.policy_file.write_text(text)
+    why = refused(made, query(plan, world))
+    assert "policy" in why
+    assert str(tmp_path) not in why
+
+
+# ---- what does not leave
+
+
+def test_a_pause_is_heeded_before_a_round_and_in_the_middle_of_one(
+    made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    with monkeypatch.context() as patch:
+        hostile(patch, lambda reply: made.paused_file.touch())  # as somebody pauses while the site trains
+        assert "this site is paused" in refused(made, told(world, plan))
+    no_work(monkeypatch)
+    assert "this site is paused" in refused(made, told(world, plan))
+    assert "sent" not in {entry["event"] for entry in entries(made)}
+
+
+def add_record(reply: Message) -> None:
+    reply.content["reports"] = ConfigRecord({"text": "No pleural effusion."})
+
+
+def add_field(reply: Message) -> None:
+    reply.content.config_records["receipt"]["note"] = "No pleural effusion."
+
+
+def say_otherwise(reply: Message) -> None:
+    reply.content.config_records["receipt"]["nonce"] = "No pleural effusion."
+
+
+def say_when(reply: Message) -> None:
+    reply.content.config_records["receipt"]["train_start"] = 19480401.0
+
+
+def add_metric(reply: Message) -> None:
+    reply.content.metric_records["metrics"]["patients"] = [19480401.0, 1.0]
+
+
+def lengthen_metric(reply: Message) -> None:
+    reply.content.metric_records["metrics"]["mvm/loss"] = [1.0, 1.0, 19480401.0]
+
+
+def add_count(reply: Message) -> None:
+    reply.content.metric_records["examples"]["patients"] = 19480401
+
+
+def add_moment(reply: Message) -> None:
+    reply.content["second_moments"] = MetricRecord({"match_head.weight": 0.1})
+
+
+def add_tensor(reply: Message) -> None:
+    reply.content.array_records["deltas"]["pixels"] = Array(np.zeros((3, 3), np.float32))
+
+
+def first(reply: Message) -> tuple[str, Array]:
+    return next(iter(sorted(reply.content.array_records["deltas"].items())))
+
+
+def enlarge(reply: Message) -> None:
+    name, array = first(reply)
+    value = array.numpy()
+    reply.content.array_records["deltas"][name] = Array(np.concatenate([value, value]))
+
+
+def append_bytes(reply: Message) -> None:
+    name, array = first(reply)
+    reply.content.array_records["deltas"][name] = Array(
+        array.dtype, array.shape, array.stype, array.data + b"No pleural effusion."
+    )
+
+
+def hide_in_header(reply: Message) -> None:
+    name, array = first(reply)
+    data = bytearray(array.data)
+    place = data.index(b"}") + 1
+    data[place : place + 1] = b"\t"
+    reply.content.array_records["deltas"][name] = Array(array.dtype, array.shape, array.stype, bytes(data))
+
+
+def claim_type(reply: Message) -> None:
+    name, array = first(reply)
+    reply.content.array_records["deltas"][name] = Array(array.dtype, array.shape, "No pleural effusion.", array.data)
+
+
+def drop_tensor(reply: Message) -> None:
+    del reply.content.array_records["deltas"][first(reply)[0]]
+
+
+CHANGES = [
+    add_record,
+    add_field,
+    say_otherwise,
+    say_when,
+    add_metric,
+    lengthen_metric,
+    add_count,
+    add_moment,
+    add_tensor,
+    enlarge,
+    append_bytes,
+    hide_in_header,
+    claim_type,
+    drop_tensor,
+]
+
+
+def test_a_reply_with_anything_more_or_less_than_an_update_does_not_leave(
+    made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    for change in CHANGES:
+        with monkeypatch.context() as patch:
+            hostile(patch, change)
+            why = refused(made, told(world, plan))
+        assert "repl" in why or "metrics leave" in why, change.__name__
+        assert "effusion" not in why
+        assert "19480401" not in why
+        assert entries(made)[-1]["why"] == why
+    assert "effusion" not in made.ledger_file.read_text()
+    assert not answer(made, told(world, plan)).has_error()  # the honest one leaves
+
+
+def test_an_update_beyond_the_norm_does_not_leave(
+    made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    set_policy(made, max_norm=0.001)
+    why = refused(made, told(world, plan))
+    assert "long, this site's policy lets 0.001 leave" in why
+
+
+@pytest.mark.parametrize(
+    ("policy", "cause"),
+    [
+        ({"groups": ["block*"]}, "does not let image.decoder, image.embedding"),
+        ({"metrics": []}, "of the reply's metrics leave"),
+        ({"records": ["greeting", "receipt"]}, "does not let 4 of the reply's records leave"),
+        ({"max_bytes": 1000}, "more than the 1000 bytes"),
+    ],
+)
+def test_what_the_policy_holds_back_does_not_leave(
+    policy: dict[str, Any], cause: str, made: Home, world: World, tmp_path: Path
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    set_policy(made, **policy)
+    assert cause in refused(made, told(world, plan))
+
+
+def test_no_more_updates_leave_under_one_plan_than_the_policy_gives(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    set_policy(made, max_rounds=2)
+    for _ in range(2):
+        assert not answer(made, told(world, plan)).has_error()
+    assert refused(made, told(world, plan)) == "this site has sent the 2 updates that its policy gives to one plan"
+
+
+def test_a_greeting_with_anything_more_does_not_leave(
+    made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    greeting = messages.greeting
+
+    def changed(*args: Any, **options: Any) -> Message:
+        said = greeting(*args, **options)
+        said.content.config_records["greeting"]["note"] = "No pleural effusion."
+        return said
+
+    monkeypatch.setattr(client_app.messages, "greeting", changed)
+    assert "holds fields that nobody asked for" in refused(made, query(plan, world))
+
+
+# ---- when nothing can be written down
+
+
+def test_with_a_full_disk_nothing_leaves(made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = made.ledger_file.stat().st_size
+
+    def fill(reply: Message) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 700, hard))
+
+    hostile(monkeypatch, fill)
+    try:
+        why = refused(made, told(world, plan))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert why == "the ledger cannot be kept: File too large; see to its folder and its disk"
+    assert "sent" not in {entry["event"] for entry in entries(made)}
+
+
+def test_with_a_broken_ledger_nothing_is_begun(
+    made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    no_work(monkeypatch)
+    made.ledger_file.write_bytes(made.ledger_file.read_bytes()[:-5])
+    assert "the ledger's last entry is not the one that was written last" in refused(made, told(world, plan))
+
+
+def test_an_older_entry_that_was_changed_stops_what_would_leave(made: Home, world: World, tmp_path: Path) -> None:
+    plan = approved(made, written_plan(tmp_path, world))
+    made.ledger_file.write_bytes(made.ledger_file.read_bytes().replace(b'"site":"west"', b'"site":"east"'))
+    assert "line 1 of the ledger was changed" in refused(made, told(world, plan))
+
+
+def test_a_node_config_of_another_site_is_refused(made: Home) -> None:
+    config: Any = {"site": "north", "home": str(made.folder)}
+    context = Context(run_id=7, node_id=2, node_config=config, state=RecordDict(), run_config={})
+    with pytest.raises(FedmixError, match="names another site"):
+        client_app.from_node_config(context)
