@@ -87,7 +87,9 @@ def review(plan: Annotated[Path, typer.Argument(metavar="PLAN")], home: HomeOpti
     from client import approval
 
     found = approval.review(_home(home), plan)
-    table = Table(box=None, show_header=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # a digest is of use only whole
     for what, said in _reviewed(found):
         table.add_row(Text(what), Text(said))
     out_console.print(table)

@@ -1,0 +1,62 @@
+"""The agent: what it starts, what it is told, and what it says when the coordinator turns it away."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from client import agent, home, runner
+from client.home import Home, Settings
+from fedmix.errors import RunError
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Home:
+    settings = Settings(name="west", coordinator="link.example:9092", shard=tmp_path / 'a "quoted" shard')
+    return home.create(tmp_path / 'st. "mary"', settings, b"certificate")
+
+
+def test_it_listens_on_loopback_alone_and_dials_with_tls_and_its_key(made: Home) -> None:
+    supernode, executor = agent.programs_of(made)
+    line = list(supernode.command)
+    option = {name: line[line.index(name) + 1] for name in line if name.startswith("--")}
+    assert option["--host"] == "127.0.0.1"
+    assert option["--superlink"] == "link.example:9092"
+    assert (option["--root-certificates"], option["--auth-supernode-private-key"]) == (str(made.ca), str(made.key))
+    assert option["--isolation"] == "process"
+    assert option["--superexec-auth-secret-file"] == str(made.secret)
+    assert "--insecure" not in line
+    assert tomllib.loads(Path(option["--node-config"]).read_text()) == {"site": "west", "home": str(made.folder)}
+    assert f"127.0.0.1:{option['--port']}" in executor.command
+    for program in (supernode, executor):
+        assert program.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+        assert program.environment["FLWR_HOME"] == str(made.flower)
+
+
+def test_two_agents_of_different_homes_take_different_ports(made: Home, tmp_path: Path) -> None:
+    other = home.create(tmp_path / "other", made.settings(), b"certificate")
+    first, second = agent.programs_of(made)[0].command, agent.programs_of(other)[0].command
+    assert first[first.index("--port") + 1] != second[second.index("--port") + 1]
+
+
+def test_one_home_has_one_agent(made: Home) -> None:
+    assert not agent.is_running(made)
+    with agent._alone(made):
+        assert agent.is_running(made)
+        with pytest.raises(RunError, match="an agent runs on this home already"):
+            agent.run(made, print)
+
+
+def test_the_last_cause_in_the_log_is_told_in_words(tmp_path: Path) -> None:
+    log = tmp_path / "supernode.log"
+    assert agent.cause_of(log) is None
+    log.write_text("x" * 20_000 + "[Errno 111] Connection refused\nFailed to activate SuperNode.\n")
+    assert "send it key.pub" in str(agent.cause_of(log))
+    log.write_text("all is well\n")
+    assert agent.cause_of(log) is None
+
+
+def test_the_programs_are_found_whatever_the_working_folder_holds() -> None:
+    assert runner.program("clientapp")[1:] == ["-P", "-m", "client.runner", "clientapp"]
