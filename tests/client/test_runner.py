@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_flower_keeps_a_bundle_that_arrives_off_the_disk_and_off_the_path(
     for name in ("install_from_fab", "get_load_client_app_fn"):
         monkeypatch.setattr(flow, name, getattr(flow, name))  # put back afterwards
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
-    monkeypatch.setattr(sys, "argv", ["clientapp", "--insecure", "--runtime-api-address", "127.0.0.1:1", "--token", "x"])
+    monkeypatch.setattr(sys, "argv", ["clientapp", "--insecure", "--runtime-api-address", "127.0.0.1:1"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("token\n"))
     before = list(sys.path)
     runner.answer()
     assert [server_messages.reason(answer) for answer in answers] == [runner.OTHER_BUNDLE]
