@@ -125,7 +125,7 @@ def flower_settings(home: Home) -> SuperLinkLifespanConfig:
 def be_patient() -> None:
     """Have a request wait for a busy database: with several models arriving, five seconds, Flower's own, are too few."""
     kept = [(name, value) for name, value in SQLITE_PRAGMAS if name != "busy_timeout"]
-    sql_mixin.SQLITE_PRAGMAS = (("busy_timeout", str(DATABASE_S * 1000)), *kept)
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (("busy_timeout", str(DATABASE_S * 1000)), *kept)
 
 
 def serve(home: Home) -> None:

@@ -226,7 +226,12 @@ def _reviewed(found: Review) -> list[tuple[str, str]]:
         ("libraries", f"{plan.lock}, {same[found.is_same_lock]}"),
         *(("", other) for other in found.other_versions),
         ("sites", ", ".join(plan.sites)),
-        ("this site", f"trains on {found.stream} studies in {found.rounds} rounds" if found.stream else "is not named in it"),
+        (
+            "this site",
+            f"trains on {found.stream} studies in {found.rounds} round{'s' if found.rounds != 1 else ''}"
+            if found.stream
+            else "is not named in it",
+        ),
         ("leaves in a round", f"the change of {leaving}"),
         ("", "losses as sums, the number of studies processed, when training began and ended"),
         ("bytes, at most", f"{found.bytes_a_round} a round, {total} in all, repeated rounds apart"),
