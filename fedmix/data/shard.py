@@ -3,8 +3,8 @@
 ::
 
     SHARD/ shard.json       schema, counts, image size, tokenizer, size and SHA-256 of each member file, quarantine counts
-           studies.parquet  one row a study: keyed hashes of patient and study, split, view, has_image, has_text, image_row,
-                            labels
+           studies.parquet  one row a study: keyed hashes of patient and study, split, view, lang, has_image, has_text,
+                            image_row, labels
            images.npy       uint8 [num_images, S, S]
            tokens.npy       token ids of all texts, one after the other: uint16, or int32 for 65,536 words and more
            offsets.npy      int64 [num_studies + 1]: where a study's tokens start; equal neighbours mean no text
@@ -27,7 +27,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from fedmix.data.deidentification import Deidentification
 from fedmix.data.keys import mark_of
+from fedmix.data.languages import language
 from fedmix.data.quarantine import REASONS
 from fedmix.disk import flush
 from fedmix.errors import DataError
@@ -61,12 +62,14 @@ _STUDIES = pa.schema(
         ("study", pa.string()),
         ("split", pa.string()),
         ("view", pa.string()),
+        ("lang", pa.string()),
         ("has_image", pa.bool_()),
         ("has_text", pa.bool_()),
         ("image_row", pa.int64()),
         ("labels", pa.list_(pa.int8())),
     ]
 )
+_LANG = _STUDIES.get_field_index("lang")
 
 
 class _Border(BaseModel):
@@ -90,7 +93,7 @@ class TokenizerMark(_Border):
 class Manifest(_Border):
     """What shard.json says. ``streams`` counts studies by what they have, ``splits`` by where they belong.
 
-    ``languages`` counts texts by language (ISO 639-1) where it is known. ``key_mark`` is alike in shards of one site key.
+    ``languages`` counts texts by language (BCP 47) where it is known. ``key_mark`` is alike in shards of one site key.
     """
 
     schema_version: int = Field(alias="schema")
@@ -116,7 +119,8 @@ class Shard:
 
     ``has_image``, ``has_text``: bool [N]. ``labels``: int8 [N, F], -1 not known. ``image_row``: int64 [N], -1 absent.
     ``images``: uint8 [num_images, S, S] and ``tokens``: flat, both memory-mapped. ``offsets``: int64 [N + 1].
-    ``patient``: keyed hashes [N]. ``stream_counts``: studies with only an image, only a text, both.
+    ``patient``: keyed hashes [N]. ``lang``: of each text, BCP 47 such as "en", "" where there is none or nobody said (as in
+    shards of before 2026-12). ``stream_counts``: studies with only an image, only a text, both.
     ``image_size`` is 0 where a shard of reports was written without one. ``fingerprint`` covers every member file.
     """
 
@@ -126,6 +130,7 @@ class Shard:
     patient: NDArray[np.str_]
     split: list[str]
     view: list[str]
+    lang: list[str]
     has_image: NDArray[np.bool_]
     has_text: NDArray[np.bool_]
     image_row: NDArray[np.int64]
@@ -152,6 +157,7 @@ class Shard:
             patient=_frozen(studies["patient"].to_numpy().astype(np.str_)),
             split=studies["split"].to_pylist(),
             view=studies["view"].to_pylist(),
+            lang=studies["lang"].to_pylist(),
             has_image=_frozen(studies["has_image"].to_numpy()),
             has_text=_frozen(studies["has_text"].to_numpy()),
             image_row=_frozen(studies["image_row"].to_numpy()),
@@ -225,6 +231,7 @@ class _Study:
     study: str
     split: str
     view: str
+    lang: str
     image: NDArray[np.uint8] | None
     text: str | None
     labels: Sequence[int]
@@ -295,13 +302,14 @@ class ShardWriter:
         text: str | None = None,
         labels: Mapping[str, int] | None = None,
         view: str = "unknown",
+        lang: str = "",
         split: str | None = None,
         never_test: bool = False,
     ) -> None:
         """Add one study: ``image`` uint8 [S, S] or None, ``text`` cleaned or None, ``labels`` finding -> 1, 0, -1 (not known).
 
-        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``. Where ``split`` is None it is drawn, with
-        ``never_test`` between train and val only.
+        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``; ``lang`` is the text's, as BCP 47 has it.
+        Where ``split`` is None it is drawn, with ``never_test`` between train and val only.
         """
         row = [-1] * len(self._label_names)
         for name, value in (labels or {}).items():
@@ -309,7 +317,7 @@ class ShardWriter:
                 raise DataError(f"a study names a finding that is not among the {len(self._label_names)} of the shard")
             row[self._label_column[name]] = value
         place = self._split_of(patient, never_test=never_test) if split is None else split
-        self._add(_Study(patient, study, place, view, image, text, row))
+        self._add(_Study(patient, study, place, view, "" if text is None else lang, image, text, row))
 
     def quarantine(self, code: str, count: int = 1) -> None:
         """Count something that was left out, by a reason code of ``fedmix.data.quarantine``."""
@@ -317,17 +325,18 @@ class ShardWriter:
             raise DataError("a quarantine code is not in the list of reasons; add it there, so that no content can be one")
         self._quarantine[code] += count
 
-    def describe(self, deidentification: Deidentification, *, languages: Mapping[str, int]) -> None:
-        """Say how patients were protected, and how many texts are in which language ("" where it is not known)."""
-        self._deidentification, self._languages = deidentification, Counter(languages)
+    def describe(self, deidentification: Deidentification) -> None:
+        """Say how patients were protected."""
+        self._deidentification = deidentification
 
     def _add(self, study: _Study) -> None:
         """Check and queue a study; an identifier leaves this method only as its hash."""
         _check_study(study, self._image_size)
         hashed = (self._hash("patient", study.patient), self._hash("study", f"{study.patient}\0{study.study}"))
-        self._pending.append(_Study(*hashed, study.split, study.view, study.image, study.text, study.labels))
+        self._pending.append(replace(study, patient=hashed[0], study=hashed[1]))
         self._streams[_stream(study)] += 1
         self._splits[study.split] += 1
+        self._languages[study.lang] += 1
         if len(self._pending) >= _FLUSH_STUDIES:
             self._flush()
 
@@ -435,6 +444,7 @@ def write_arrays(
                     study=str(study),
                     split=writer._split_of(patient) if splits is None else splits[study],
                     view="unknown",
+                    lang="",
                     image=next(next_image) if has_image[study] else None,
                     text=next(next_text) if has_text[study] else None,
                     labels=rows[study],
@@ -495,6 +505,7 @@ def _study_table(rows: Sequence[_Study], first_image: int) -> pa.Table:
             "study": [row.study for row in rows],
             "split": [row.split for row in rows],
             "view": [row.view for row in rows],
+            "lang": [row.lang for row in rows],
             "has_image": has_image,
             "has_text": [row.text is not None for row in rows],
             "image_row": np.where(has_image, first_image + np.cumsum(has_image) - 1, -1),
@@ -515,6 +526,8 @@ def _check_study(study: _Study, image_size: int) -> None:
         raise DataError("a text is empty; give None where there is no text")
     if study.split not in SPLITS or study.view not in VIEWS:
         raise DataError(f"a split is one of {', '.join(SPLITS)}, a view one of {', '.join(VIEWS)}; got something else")
+    if study.lang != language(study.lang):
+        raise DataError("a language is a tag of BCP 47 such as en or pt-BR, or nothing; got something else")
     if not set(study.labels) <= {-1, 0, 1}:
         raise DataError("a label is 1, 0 or -1 (not known); got another number")
 
@@ -615,6 +628,8 @@ def _read_studies(path: Path) -> pa.Table:
             table = file.read()
     except (OSError, pa.ArrowException):
         raise _fault("studies.parquet", "cannot be read: damaged") from None
+    if table.schema.equals(_STUDIES.remove(_LANG)):  # written before languages were kept study by study
+        table = table.add_column(_LANG, _STUDIES.field(_LANG), pa.array([""] * len(table), pa.string()))
     if not table.schema.equals(_STUDIES):
         raise _fault("studies.parquet", "does not have the columns of its schema")
     if any(column.null_count for column in table.columns):

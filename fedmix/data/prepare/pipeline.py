@@ -71,7 +71,7 @@ def prepare(
                 if on_progress is not None:
                     on_progress(tally.done, source.num_rows)
             tally.check_left()
-            writer.describe(_deidentification(options, tally), languages=tally.langs)
+            writer.describe(_deidentification(options, tally))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
         raise DataError(f"the shard cannot be written: {reason}; {_disk_advice(error)}") from None
@@ -90,6 +90,7 @@ def _write(writer: ShardWriter, outcome: Outcome, tally: Tally) -> None:
             text=one.text,
             labels=one.record.labels,
             view=one.view,
+            lang="" if one.record.report is None else one.record.report.lang,
             split=None if one.record.split == TRAIN_OR_VAL else one.record.split,
             never_test=one.record.split == TRAIN_OR_VAL,
         )

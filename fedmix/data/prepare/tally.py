@@ -17,7 +17,7 @@ class Tally:
 
     def __init__(self, num_rows: int, max_bad_share: float) -> None:
         self.num_rows, self.done, self.written, self._max_bad_share = num_rows, 0, 0, max_bad_share
-        self.quarantined, self.phi, self.langs = Counter[str](), Counter[str](), Counter[str]()
+        self.quarantined, self.phi = Counter[str](), Counter[str]()
         self.rows: dict[str, list[int]] = {}
         self._split_of: dict[str, str] = {}
         self._studies: set[tuple[str | None, str | None]] = set()
@@ -29,7 +29,6 @@ class Tally:
         self.written += len(outcome.ready)
         self.quarantined.update(outcome.left_out)
         self.phi.update(outcome.phi if outcome.ready else ())
-        self.langs.update(one.record.report.lang for one in outcome.ready if one.text and one.record.report)
         for code in set(outcome.left_out):
             shown = self.rows.setdefault(code, [])
             if len(shown) < SHOWN_ROWS:
