@@ -104,6 +104,9 @@ def prepare(
     max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
     workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
     replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over; an interrupted preparation of this shard is gone on with otherwise")
+    ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="folder for a contact sheet and a page of counts; holds patients' images")
     ] = None,
@@ -119,7 +122,8 @@ def prepare(
     """Prepare a data set, or a hospital's own files, as a de-identified shard.
 
     `table` takes a CSV with image and/or text columns (PNG or JPEG, 8 or 16 bit), `dicom` any folder of DICOM files; the
-    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason.
+    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason. A command
+    that was interrupted goes on where it was when it is given again.
 
     Example:  fedmix prepare nih14 data/nih --stream image --size 96 --out shards/nih
     """
@@ -153,6 +157,7 @@ def prepare(
         takes_captures=captures,
         max_bad_share=max_bad_share,
         replace=replace,
+        fresh=fresh,
     )
     source_options = SourceOptions(_label_names(labels), encoding, reports, lang)
     with _progress() as progress:

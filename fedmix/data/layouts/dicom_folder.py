@@ -57,6 +57,7 @@ def open_dicom(root: Path, options: SourceOptions) -> Source:
         fallback_encoding=options.fallback_encoding,
         notes=(alone,) if reports is None else (f"The table holds reports of {len(reports.texts)} studies.",),
         join=partial(_joined, reports),
+        joined=table,
     )
 
 

@@ -109,7 +109,7 @@ class Source:
 
     ``root``, ``reports_root``: real paths, below which pictures and reports are opened. ``frontal_only``: what the data set
     is used for unless a site says otherwise. ``is_dicom``: pictures are decoded in worker processes. ``join``: completes a
-    record from what its DICOM header says.
+    record from what its DICOM header says, and from ``joined``, a table.
     """
 
     root: Path
@@ -124,6 +124,7 @@ class Source:
     fallback_encoding: str | None = None
     notes: tuple[str, ...] = ()
     join: Callable[[Record, Any], Record] | None = None
+    joined: Path | None = None
 
 
 def view_named(name: str) -> str:
