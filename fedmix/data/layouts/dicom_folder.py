@@ -52,7 +52,6 @@ def open_dicom(root: Path, options: SourceOptions) -> Source:
         root=root,
         num_rows=len(files),
         label_names=(),
-        is_dicom=True,
         records=partial(_records, files),
         fallback_encoding=options.fallback_encoding,
         notes=(alone,) if reports is None else (f"The table holds reports of {len(reports.texts)} studies.",),

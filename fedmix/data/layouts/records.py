@@ -108,7 +108,7 @@ class Source:
     """A data set that has been looked through once; ``records`` walks it, always in the same order.
 
     ``root``, ``reports_root``: real paths, below which pictures and reports are opened. ``frontal_only``: what the data set
-    is used for unless a site says otherwise. ``is_dicom``: pictures are decoded in worker processes. ``join``: completes a
+    is used for unless a site says otherwise. ``join``: completes a
     record from what its DICOM header says, and from ``joined``, a table.
     """
 
@@ -120,7 +120,6 @@ class Source:
     has_patients: bool = True
     has_splits: bool = False
     frontal_only: bool = True
-    is_dicom: bool = False
     fallback_encoding: str | None = None
     notes: tuple[str, ...] = ()
     join: Callable[[Record, Any], Record] | None = None

@@ -2,8 +2,7 @@
 
 A preparation that was killed goes on behind the last row it had finished, and ends with the bytes of one that was not.
 
-Threads rather than processes: Pillow decodes and resizes without holding the interpreter, and images stay where they are
-instead of being copied between processes.
+Threads read reports and wait for the worker processes that decode pictures, of which only finished squares come back.
 """
 
 from __future__ import annotations

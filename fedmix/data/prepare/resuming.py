@@ -33,7 +33,6 @@ def mark_of_settings(source: Source, options: PrepareOptions, *, tokenizer: Toke
         "options": {name: value for name, value in asdict(options).items() if name not in _CHANGES_NOTHING},
         "tokenizer": tokenizer.fingerprint,
         "labels": source.label_names,
-        "is_dicom": source.is_dicom,
         "frontal_only": source.frontal_only,
         "encoding": source.fallback_encoding,
         "joined": None if source.joined is None else _digest(source.joined),
