@@ -369,6 +369,8 @@ def test_options_of_the_table_are_refused_elsewhere(run: Run, tmp_path: Path) ->
         assert "for the layout table; nih14 knows its own" in sentence(
             run("prepare", "nih14", "data", "--out", "s", option, "x")
         )
+    said = sentence(run("prepare", "padchest", "data", "--out", "s", "--lang", "es"))
+    assert "padchest knows the language of its reports" in said
 
 
 def test_a_data_set_is_prepared_by_its_layout(run: Run, tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def prepare(
     ] = True,
     captures: Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")] = False,
     encoding: Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")] = None,
+    lang: Annotated[
+        str, typer.Option(help="table, dicom: language of the texts where no column lang says, such as en or pt-BR")
+    ] = "",
     size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
     fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
     normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
@@ -101,6 +104,9 @@ def prepare(
     max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
     workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
     replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over; an interrupted preparation of this shard is gone on with otherwise")
+    ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="folder for a contact sheet and a page of counts; holds patients' images")
     ] = None,
@@ -116,7 +122,8 @@ def prepare(
     """Prepare a data set, or a hospital's own files, as a de-identified shard.
 
     `table` takes a CSV with image and/or text columns (PNG or JPEG, 8 or 16 bit), `dicom` any folder of DICOM files; the
-    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason.
+    others are public data sets as their owners hand them out. What cannot be used is left out and counted by reason. A command
+    that was interrupted goes on where it was when it is given again.
 
     Example:  fedmix prepare nih14 data/nih --stream image --size 96 --out shards/nih
     """
@@ -135,6 +142,10 @@ def prepare(
     given = {name: column for name, column in columns.items() if column is not None}
     if layout is not LayoutChoice.table and (given or csv):
         raise ConfigError(f"--csv and the names of columns are for the layout table; {layout} knows its own, leave them out")
+    if lang and layout not in (LayoutChoice.table, LayoutChoice.dicom):
+        raise ConfigError(
+            f"--lang is for the layouts table and dicom; {layout} knows the language of its reports, leave it out"
+        )
     options = preparing.PrepareOptions(
         image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
         stream=stream.value if stream else None,
@@ -146,8 +157,9 @@ def prepare(
         takes_captures=captures,
         max_bad_share=max_bad_share,
         replace=replace,
+        fresh=fresh,
     )
-    source_options = SourceOptions(_label_names(labels), encoding, reports)
+    source_options = SourceOptions(_label_names(labels), encoding, reports, lang)
     with _progress() as progress:
         task = progress.add_task("looking through", total=None)
         source = _source(layout, root, source_options, csv, given)

@@ -65,7 +65,7 @@ def _declared(path: Path, said: Declaration) -> Table:
     table.add_column("what")
     table.add_column("count", justify="right")
     groups = (("", said.streams, " studies"), ("split ", said.splits, ""), ("view ", said.views, ""))
-    for before, counts, after in (*groups, ("texts in ", said.languages, ""), ("with ", said.positives, "")):
+    for before, counts, after in (*groups, ("texts, language ", said.languages, ""), ("with ", said.positives, "")):
         for name, count in counts.items():
             table.add_row(Text(f"{before}{name}{after}"), str(count))
     table.add_row("pixels a side", str(said.image_size))

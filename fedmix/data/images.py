@@ -38,6 +38,7 @@ MIN_SIDE = 16  # pixels; anything thinner is an icon or a strip, not a radiograp
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.5, 99.5
 STANDARD_MEAN, STANDARD_STD = 0.5, 0.2  # 0..1 then spans two and a half standard deviations each way
 
+_BLOCK = 1 << 18  # pixels at a time: indices of 8 bytes each stay in the cache, and memory does not grow with the image
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it
@@ -89,7 +90,7 @@ def decode_grey(data: bytes, *, needed: int | None = None, gates: Gates | None =
     With ``needed``, a JPEG may come back reduced by a power of two while both sides stay at least twice that many pixels:
     its cosine transform gives the smaller image for a fraction of the time. ``gates``: what is let in of DICOM.
     """
-    if not is_plain(data):
+    if not _is_plain(data):
         from fedmix.data import dicom  # not above: pydicom takes a moment, and most sites have none of its files
 
         if dicom.is_dicom(data):
@@ -110,7 +111,7 @@ def decode_grey(data: bytes, *, needed: int | None = None, gates: Gates | None =
         raise RefusedError("image_broken") from None
 
 
-def is_plain(data: bytes) -> bool:
+def _is_plain(data: bytes) -> bool:
     """Whether the first bytes are those of a PNG or JPEG file; a DICOM file's preamble may pretend to be one."""
     return data.startswith((_PNG, _JPEG)) and data[128:132] != b"DICM"
 
@@ -149,15 +150,19 @@ def fit_square(grey: NDArray[np.uint8], options: ImageOptions) -> NDArray[np.uin
 
 def stretch(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """16-bit values -> 0..255, linear between the 0.5th and 99.5th percentile, cut beyond."""
-    cumulative = np.cumsum(np.bincount(values.ravel(), minlength=65536))
+    flat = values.reshape(-1)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, flat.size, _BLOCK)]
+    cumulative = np.cumsum(sum(np.bincount(flat[block], minlength=65536) for block in blocks))
     low, high = np.searchsorted(cumulative, np.array([LOW_PERCENTILE, HIGH_PERCENTILE]) / 100 * values.size)
     if low == high:  # nearly all pixels alike: a small object on an even ground
         low, high = values.min(), values.max()
     if low == high:
         raise RefusedError("image_blank")
     table = (np.arange(65536, dtype=np.float64) - low) / (float(high) - float(low))
-    grey: NDArray[np.uint8] = np.rint(np.clip(table, 0, 1) * 255).astype(np.uint8)[values]
-    return grey
+    shown, grey = np.rint(np.clip(table, 0, 1) * 255).astype(np.uint8), np.empty(flat.size, np.uint8)
+    for block in blocks:
+        np.take(shown, flat[block], out=grey[block], mode="clip")  # nothing is beyond; the default would copy once more
+    return grey.reshape(values.shape)
 
 
 def _open(data: bytes) -> PngImageFile | JpegImageFile:

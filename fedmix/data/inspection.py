@@ -18,7 +18,11 @@ from fedmix.errors import DataError
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a site would tell a federation of one shard. ``texts``: whether they were searched for dates, numbers and names."""
+    """What a site would tell a federation of one shard.
+
+    ``languages``: texts by language, "unknown" for those of which nobody said. ``texts``: whether they were searched for dates,
+    numbers and names.
+    """
 
     streams: dict[str, int]
     splits: dict[str, int]
@@ -41,11 +45,17 @@ def declaration(shard: Shard) -> Declaration:
         num_patients=len(np.unique(shard.patient)),
         views=dict(sorted(Counter(np.asarray(shard.view)[shard.has_image].tolist()).items())),
         positives=dict(zip(shard.label_names, positives, strict=True)),
-        languages=dict(shard.manifest.languages),
+        languages=_languages(shard),
         image_size=shard.image_size,
         tokenizer=shard.tokenizer_fingerprint,
         texts=said.texts if isinstance(said, Deidentification) else "not stated",
     )
+
+
+def _languages(shard: Shard) -> dict[str, int]:
+    known = dict(shard.manifest.languages)
+    unknown = int(shard.has_text.sum()) - sum(known.values())
+    return {**known, "unknown": unknown} if unknown else known
 
 
 def check_together(shards: Sequence[Shard]) -> None:

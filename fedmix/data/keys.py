@@ -41,6 +41,12 @@ def site_key(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def hash_of(key: bytes, purpose: str, value: str) -> str:
+    """32 hex digits of a value under the site key, other ones for each purpose."""
+    # 128 bits are plenty against chance, and half the bytes.
+    return hmac.digest(key, f"{purpose}\0{value}".encode(errors="surrogatepass"), "sha256")[:16].hex()
+
+
 def mark_of(key: bytes) -> str:
     """16 hex digits that are alike for shards of one key; 256 random bits cannot be guessed back from them."""
     return hmac.digest(key, b"key mark", "sha256")[:8].hex()

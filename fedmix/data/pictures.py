@@ -1,8 +1,7 @@
-"""One image file -> one square, wherever that is done: in this process, or behind the walls of a worker.
+"""One image file -> one square, in a worker process with limits (``fedmix.data.walls``).
 
-PNG and JPEG are decoded here in threads: Pillow's readers do it without holding the interpreter, and nothing is copied.
-DICOM files are decoded in worker processes with limits (``fedmix.data.walls``), since what reads them is old C code; that is
-why this module imports no more than a worker needs.
+What decodes PNG, JPEG and DICOM is C code on bytes that anyone may have written, so none of it runs where the shard is
+written. This module imports no more than a worker needs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmix.data.images import ImageOptions, decode_grey, fit_square, is_plain
+from fedmix.data.images import ImageOptions, decode_grey, fit_square
 from fedmix.data.layouts.paths import read_first
 from fedmix.data.layouts.records import Picture
 from fedmix.data.quarantine import RefusedError
@@ -37,10 +36,6 @@ class Decoded(NamedTuple):
 Decode = Callable[[Picture], Decoded]
 
 
-class NeedsWallsError(Exception):
-    """A file that turned out to be DICOM is to be decoded by a worker."""
-
-
 @dataclass(frozen=True)
 class PictureReader:
     """Reads the pictures of one source; called with a picture it gives bytes, to be sent from a worker."""
@@ -50,18 +45,16 @@ class PictureReader:
     views: frozenset[str]
     gates: Gates | None = None
 
-    def read(self, picture: Picture, *, is_walled: bool = True) -> Decoded:
-        """Open, check and decode. Raises ``RefusedError``, and ``NeedsWallsError`` for DICOM where there are no walls."""
+    def read(self, picture: Picture) -> Decoded:
+        """Open, check and decode. Raises ``RefusedError``."""
         check_view(picture.view, self.views)
         data = read_first(self.root, picture.places)
-        if picture.view is not None and (is_walled or is_plain(data)):
+        if picture.view is not None:
             return Decoded(self._square(data, picture), picture.view, None)
         from fedmix.data import dicom
 
         if not dicom.is_dicom(data):
-            raise RefusedError("not_dicom" if picture.view is None else "image_format")
-        if not is_walled:
-            raise NeedsWallsError
+            raise RefusedError("not_dicom")
         header = dicom.read_header(data)
         check_view(dicom.view_of(header), self.views)
         return Decoded(self._square(data, picture), dicom.view_of(header), header)

@@ -3,15 +3,16 @@
 ::
 
     SHARD/ shard.json       schema, counts, image size, tokenizer, size and SHA-256 of each member file, quarantine counts
-           studies.parquet  one row a study: keyed hashes of patient and study, split, view, has_image, has_text, image_row,
-                            labels
+           studies.parquet  one row a study: keyed hashes of patient and study, split, view, lang, has_image, has_text,
+                            image_row, labels
            images.npy       uint8 [num_images, S, S]
            tokens.npy       token ids of all texts, one after the other: uint16, or int32 for 65,536 words and more
            offsets.npy      int64 [num_studies + 1]: where a study's tokens start; equal neighbours mean no text
            quarantine.jsonl reason codes and counts of what was left out
 
-The same studies, key and tokenizer give the same bytes. A writer works in a hidden folder beside its goal and renames it at
-the end, so a shard is there as a whole or not at all; one that was killed leaves ``.NAME.*.partial``, which may be deleted.
+The same studies, key and tokenizer give the same bytes, and hold no time. A writer works in a hidden folder beside its goal
+(``fedmix.data.journal``) and renames it at the end, so a shard is there as a whole or not at all; one that was killed leaves
+``.NAME.*partial``, from which a preparation goes on, or which may be deleted.
 
 Shapes: N studies, F findings, S pixels a side.
 """
@@ -20,17 +21,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import itertools
 import json
-import secrets
-import shutil
+import math
+import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +40,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from fedmix.data.deidentification import Deidentification
-from fedmix.data.keys import mark_of
+from fedmix.data.journal import ROW, Journal, Line
+from fedmix.data.keys import hash_of, mark_of
+from fedmix.data.languages import language
 from fedmix.data.quarantine import REASONS
 from fedmix.disk import flush
 from fedmix.errors import DataError
@@ -55,18 +58,22 @@ MEMBERS = ("studies.parquet", "images.npy", "tokens.npy", "offsets.npy", "quaran
 MIN_KEY_BYTES = 16
 
 _FLUSH_STUDIES = 256
+_FLUSH_S = 10.0  # what a kill may cost where studies take long
+_ROW_GROUP = 256  # studies of studies.parquet that are written together
 _STUDIES = pa.schema(
     [
         ("patient", pa.string()),
         ("study", pa.string()),
         ("split", pa.string()),
         ("view", pa.string()),
+        ("lang", pa.string()),
         ("has_image", pa.bool_()),
         ("has_text", pa.bool_()),
         ("image_row", pa.int64()),
         ("labels", pa.list_(pa.int8())),
     ]
 )
+_LANG = _STUDIES.get_field_index("lang")
 
 
 class _Border(BaseModel):
@@ -90,7 +97,7 @@ class TokenizerMark(_Border):
 class Manifest(_Border):
     """What shard.json says. ``streams`` counts studies by what they have, ``splits`` by where they belong.
 
-    ``languages`` counts texts by language (ISO 639-1) where it is known. ``key_mark`` is alike in shards of one site key.
+    ``languages`` counts texts by language (BCP 47) where it is known. ``key_mark`` is alike in shards of one site key.
     """
 
     schema_version: int = Field(alias="schema")
@@ -116,7 +123,8 @@ class Shard:
 
     ``has_image``, ``has_text``: bool [N]. ``labels``: int8 [N, F], -1 not known. ``image_row``: int64 [N], -1 absent.
     ``images``: uint8 [num_images, S, S] and ``tokens``: flat, both memory-mapped. ``offsets``: int64 [N + 1].
-    ``patient``: keyed hashes [N]. ``stream_counts``: studies with only an image, only a text, both.
+    ``patient``: keyed hashes [N]. ``lang``: of each text, BCP 47 such as "en", "" where there is none or nobody said (as in
+    shards of before 2026-12). ``stream_counts``: studies with only an image, only a text, both.
     ``image_size`` is 0 where a shard of reports was written without one. ``fingerprint`` covers every member file.
     """
 
@@ -126,6 +134,7 @@ class Shard:
     patient: NDArray[np.str_]
     split: list[str]
     view: list[str]
+    lang: list[str]
     has_image: NDArray[np.bool_]
     has_text: NDArray[np.bool_]
     image_row: NDArray[np.int64]
@@ -152,6 +161,7 @@ class Shard:
             patient=_frozen(studies["patient"].to_numpy().astype(np.str_)),
             split=studies["split"].to_pylist(),
             view=studies["view"].to_pylist(),
+            lang=studies["lang"].to_pylist(),
             has_image=_frozen(studies["has_image"].to_numpy()),
             has_text=_frozen(studies["has_text"].to_numpy()),
             image_row=_frozen(studies["image_row"].to_numpy()),
@@ -225,9 +235,23 @@ class _Study:
     study: str
     split: str
     view: str
+    lang: str
     image: NDArray[np.uint8] | None
     text: str | None
     labels: Sequence[int]
+
+
+class _Written(NamedTuple):
+    """One row of studies.parquet, and how many words it has; as the journal keeps it."""
+
+    patient: str
+    study: str
+    split: str
+    view: str
+    lang: str
+    has_image: bool
+    num_words: int
+    labels: list[int]
 
 
 class ShardWriter:
@@ -235,6 +259,9 @@ class ShardWriter:
 
     ``key``: the site's secret, at least 16 bytes, for the hashes and for the split. ``split_shares``: train, val and test,
     for patients whose split is not given. ``replace``: an older shard at ``path`` may be replaced, once this one is whole.
+
+    ``mark``: of all that decides what the shard will be. With it, what was ended by ``end_row`` outlives this process, and
+    the next writer of the same mark goes on behind it, unless it is told to start ``fresh``.
     """
 
     def __init__(
@@ -248,6 +275,8 @@ class ShardWriter:
         max_words: int = 128,
         split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1),
         replace: bool = False,
+        mark: str | None = None,
+        fresh: bool = False,
     ) -> None:
         if len(key) < MIN_KEY_BYTES:
             raise DataError(f"the site key has {len(key)} bytes, at least {MIN_KEY_BYTES} are needed; let fedmix make one")
@@ -255,36 +284,62 @@ class ShardWriter:
             raise DataError(f"split shares are {split_shares}; three shares of at least 0 have to add up to 1")
         if len(set(label_names)) != len(label_names):
             raise DataError("two findings have the same name; name each once")
-        _check_goal(path, replace=replace)
+        self._replaces, self._mark, self._starts_fresh = replace, mark, fresh
         self._goal, self._image_size, self._tokenizer, self._key = path, image_size, tokenizer, key
         self._label_names, self._max_words, self._shares = list(label_names), max_words, split_shares
         self._label_column = {name: column for column, name in enumerate(label_names)}
-        self._pending: list[_Study] = []
-        self._streams, self._splits, self._quarantine = Counter[str](), Counter[str](), Counter[str]()
-        self._deidentification, self._languages = Deidentification(), Counter[str]()
+        self._pending: list[_Study | Line] = []
+        self._num_waiting, self._flushed = 0, time.monotonic()
+        self._deidentification = Deidentification()
+        self._files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._goal.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = self._goal.parent / f".{self._goal.name}.{secrets.token_hex(4)}.partial"
-        self._folder.mkdir()
-        self._images = _ArrayFile(self._folder / "images.npy", np.dtype(np.uint8), (self._image_size, self._image_size))
-        self._tokens = _ArrayFile(self._folder / "tokens.npy", _token_type(self._tokenizer.vocab_size), ())
-        self._offsets = _ArrayFile(self._folder / "offsets.npy", np.dtype(np.int64), ())
-        self._offsets.append(np.zeros(1, dtype=np.int64))
-        self._studies = pq.ParquetWriter(self._folder / "studies.parquet", _STUDIES)
+        self._journal = Journal(self._goal, self._mark, fresh=self._starts_fresh)
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._journal.close)
+            try:
+                if not self._journal.is_finished:
+                    _check_goal(self._goal, replace=self._replaces)
+                    self._open_arrays(opened)
+            except BaseException:
+                if self._journal.is_new:
+                    self._journal.discard()
+                raise
+            self._files = opened.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._journal.is_finished:
                 self._flush()
-                self._close_files()
                 self._seal()
-                _rename(self._folder, self._goal)
+            if kind is None:
+                self._journal.finish()
         finally:
-            with contextlib.suppress(OSError, pa.ArrowException):  # on a full disk closing fails too; the first error counts
-                self._close_files()
-            shutil.rmtree(self._folder, ignore_errors=True)  # gone already, if all went well
+            if self._mark is None:
+                self._journal.discard()
+            with contextlib.suppress(OSError):  # on a full disk closing fails too; the first error counts
+                self._files.close()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier writer had put this very shard in its place when it was killed: nothing is to be added."""
+        return self._journal.is_finished
+
+    def rows_done(self) -> Iterator[Any]:
+        """What ``end_row`` was told of each row that an earlier writer finished, in order."""
+        return (said[0] for kind, *said in self._journal.lines() if kind == ROW)
+
+    def end_row(self, said: Any) -> None:
+        """What was added since the last call belongs together, and to a row of which ``said``, as JSON, is to be remembered."""
+        self._pending.append([ROW, said])
+        self._num_waiting += 1
+        if self._num_waiting >= _FLUSH_STUDIES or time.monotonic() - self._flushed > _FLUSH_S:
+            self._flush()
+
+    def discard(self) -> None:
+        """Let nothing of this outlive the writer."""
+        self._mark = None
 
     def add(
         self,
@@ -295,13 +350,14 @@ class ShardWriter:
         text: str | None = None,
         labels: Mapping[str, int] | None = None,
         view: str = "unknown",
+        lang: str = "",
         split: str | None = None,
         never_test: bool = False,
     ) -> None:
         """Add one study: ``image`` uint8 [S, S] or None, ``text`` cleaned or None, ``labels`` finding -> 1, 0, -1 (not known).
 
-        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``. Where ``split`` is None it is drawn, with
-        ``never_test`` between train and val only.
+        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``; ``lang`` is the text's, as BCP 47 has it.
+        Where ``split`` is None it is drawn, with ``never_test`` between train and val only.
         """
         row = [-1] * len(self._label_names)
         for name, value in (labels or {}).items():
@@ -309,34 +365,30 @@ class ShardWriter:
                 raise DataError(f"a study names a finding that is not among the {len(self._label_names)} of the shard")
             row[self._label_column[name]] = value
         place = self._split_of(patient, never_test=never_test) if split is None else split
-        self._add(_Study(patient, study, place, view, image, text, row))
+        self._add(_Study(patient, study, place, view, "" if text is None else lang, image, text, row))
 
     def quarantine(self, code: str, count: int = 1) -> None:
         """Count something that was left out, by a reason code of ``fedmix.data.quarantine``."""
         if code not in REASONS:
             raise DataError("a quarantine code is not in the list of reasons; add it there, so that no content can be one")
-        self._quarantine[code] += count
+        self._pending.append(["left_out", code, count])
 
-    def describe(self, deidentification: Deidentification, *, languages: Mapping[str, int]) -> None:
-        """Say how patients were protected, and how many texts are in which language ("" where it is not known)."""
-        self._deidentification, self._languages = deidentification, Counter(languages)
+    def describe(self, deidentification: Deidentification) -> None:
+        """Say how patients were protected."""
+        self._deidentification = deidentification
 
     def _add(self, study: _Study) -> None:
         """Check and queue a study; an identifier leaves this method only as its hash."""
         _check_study(study, self._image_size)
-        hashed = (self._hash("patient", study.patient), self._hash("study", f"{study.patient}\0{study.study}"))
-        self._pending.append(_Study(*hashed, study.split, study.view, study.image, study.text, study.labels))
-        self._streams[_stream(study)] += 1
-        self._splits[study.split] += 1
-        if len(self._pending) >= _FLUSH_STUDIES:
+        patient = hash_of(self._key, "patient", study.patient)
+        number = hash_of(self._key, "study", f"{study.patient}\0{study.study}")
+        self._pending.append(replace(study, patient=patient, study=number))
+        self._num_waiting += 1
+        if self._num_waiting >= _FLUSH_STUDIES:
             self._flush()
 
-    def _hash(self, purpose: str, value: str) -> str:
-        # 128 bits are plenty against chance, and half the bytes.
-        return hmac.digest(self._key, f"{purpose}\0{value}".encode(errors="surrogatepass"), "sha256")[:16].hex()
-
     def _split_of(self, patient: str, *, never_test: bool = False) -> str:
-        position = int(self._hash("split", patient), 16) / 16**32
+        position = int(hash_of(self._key, "split", patient), 16) / 16**32
         if never_test:
             train, val, _ = self._shares
             return "train" if position * (train + val) < train or not train + val else "val"
@@ -344,57 +396,105 @@ class ShardWriter:
             return "train"
         return "val" if position < self._shares[0] + self._shares[1] else "test"
 
+    def _open_arrays(self, opened: contextlib.ExitStack) -> None:
+        """The arrays with as many rows as the journal knows of."""
+        num_images = num_words = 0
+        for row in self._written():
+            num_images += row.has_image
+            num_words += row.num_words
+        square, folder = (self._image_size, self._image_size), self._journal.folder
+        self._images = _ArrayFile(folder / "images.npy", np.dtype(np.uint8), square, num_rows=num_images)
+        opened.callback(self._images.close)
+        self._tokens = _ArrayFile(folder / "tokens.npy", _token_type(self._tokenizer.vocab_size), (), num_rows=num_words)
+        opened.callback(self._tokens.close)
+
+    def _written(self) -> Iterator[_Written]:
+        return (_Written(*said) for kind, *said in self._journal.lines() if kind == "study")
+
     def _flush(self) -> None:
-        rows, self._pending = self._pending, []
-        if not rows:
-            return
-        images = [row.image for row in rows if row.image is not None]
-        first_image = self._images.num_rows
+        """Arrays first, then the lines that tell of them."""
+        waiting, self._pending, self._num_waiting = self._pending, [], 0
+        studies = [each for each in waiting if isinstance(each, _Study)]
+        images = [study.image for study in studies if study.image is not None]
         if images:
             self._images.append(np.stack(images))
-        self._append_texts([row.text for row in rows])
-        self._studies.write_table(_study_table(rows, first_image))
+        lengths = iter(self._append_texts([study.text for study in studies]))
+        if self._mark is not None:
+            self._images.flush()
+            self._tokens.flush()
+        self._journal.write(_line(each, next(lengths)) if isinstance(each, _Study) else each for each in waiting)
+        self._flushed = time.monotonic()
 
-    def _append_texts(self, texts: Sequence[str | None]) -> None:
+    def _append_texts(self, texts: Sequence[str | None]) -> list[int]:
+        """How many words each has."""
         words = self._tokenizer.encode([text for text in texts if text is not None], self._max_words)
-        encoded = iter(words)
-        lengths = [0 if text is None else len(next(encoded)) for text in texts]
-        before = self._tokens.num_rows
         self._tokens.append(np.fromiter(itertools.chain.from_iterable(words), dtype=self._tokens.dtype))
-        self._offsets.append(before + np.cumsum(lengths, dtype=np.int64))
+        encoded = iter(words)
+        return [0 if text is None else len(next(encoded)) for text in texts]
 
-    def _close_files(self) -> None:
-        for member in (self._images, self._tokens, self._offsets, self._studies):
-            member.close()
+    def _write_studies(self) -> None:
+        """studies.parquet and offsets.npy; only now, since neither can be gone on with."""
+        rows, num_images = self._written(), 0
+        offsets = _ArrayFile(self._journal.folder / "offsets.npy", np.dtype(np.int64), ())
+        with (
+            contextlib.closing(offsets),
+            pq.ParquetWriter(self._journal.folder / "studies.parquet", _STUDIES) as studies,
+        ):
+            position = np.zeros(1, dtype=np.int64)
+            offsets.append(position)
+            while group := list(itertools.islice(rows, _ROW_GROUP)):
+                studies.write_table(_study_table(group, num_images))
+                num_images += sum(row.has_image for row in group)
+                ends = position[-1] + np.cumsum([row.num_words for row in group], dtype=np.int64)
+                offsets.append(ends)
+                position = ends
+
+    def _counts(self) -> tuple[dict[str, Counter[str]], Counter[str]]:
+        """How many studies of each stream, split and language, and how often each reason code."""
+        studies = {name: Counter[str]() for name in ("streams", "splits", "languages")}
+        left_out = Counter[str]()
+        for kind, *said in self._journal.lines():
+            if kind == "left_out":
+                left_out[said[0]] += said[1]
+            elif kind == "study":
+                row = _Written(*said)
+                studies["streams"][_stream(row)] += 1
+                studies["splits"][row.split] += 1
+                studies["languages"].update([row.lang] if row.lang else ())
+        return studies, left_out
 
     def _seal(self) -> None:
-        """Write what is left out and shard.json, and see all of it to the disk."""
-        if not self._streams:
+        """Write the studies, what is left out and shard.json, and see all of it to the disk."""
+        studies, left_out = self._counts()
+        if not studies["streams"]:
             raise DataError("no study was added, so there is no shard to write")
-        counts = dict(sorted(self._quarantine.items()))
+        self._images.close()
+        self._tokens.close()
+        self._write_studies()
+        folder, counts = self._journal.folder, dict(sorted(left_out.items()))
         lines = [json.dumps({"code": code, "count": count, "reason": REASONS[code]}) + "\n" for code, count in counts.items()]
-        (self._folder / "quarantine.jsonl").write_text("".join(lines))
+        (folder / "quarantine.jsonl").write_text("".join(lines))
         content = {
             "schema": SCHEMA_VERSION,
-            "num_studies": self._streams.total(),
+            "num_studies": studies["streams"].total(),
             "num_images": self._images.num_rows,
             "num_words": self._tokens.num_rows,
-            "streams": {name: self._streams[name] for name in ("image", "text", "paired")},
-            "splits": {name: self._splits[name] for name in SPLITS},
+            "streams": {name: studies["streams"][name] for name in ("image", "text", "paired")},
+            "splits": {name: studies["splits"][name] for name in SPLITS},
             "image_size": self._image_size,
             "max_words": self._max_words,
             "label_names": self._label_names,
             "tokenizer": {"fingerprint": self._tokenizer.fingerprint, "vocab_size": self._tokenizer.vocab_size},
-            "files": {name: _member_entry(self._folder / name) for name in MEMBERS},
+            "files": {name: _member_entry(folder / name) for name in MEMBERS},
             "deidentification": self._deidentification.model_dump(),
             "quarantine": counts,
-            "languages": {lang: count for lang, count in sorted(self._languages.items()) if lang},
+            "languages": dict(sorted(studies["languages"].items())),
             "key_mark": mark_of(self._key),
         }
         sealed = {**content, "seal": _seal_of(content)}
-        (self._folder / "shard.json").write_text(json.dumps(sealed, indent=2, ensure_ascii=True) + "\n")
+        (folder / "shard.json").write_text(json.dumps(sealed, indent=2, ensure_ascii=True) + "\n")
         for name in (*MEMBERS, "shard.json", "."):
-            flush(self._folder / name)
+            flush(folder / name)
 
 
 def write_arrays(
@@ -435,6 +535,7 @@ def write_arrays(
                     study=str(study),
                     split=writer._split_of(patient) if splits is None else splits[study],
                     view="unknown",
+                    lang="",
                     image=next(next_image) if has_image[study] else None,
                     text=next(next_text) if has_text[study] else None,
                     labels=rows[study],
@@ -443,18 +544,28 @@ def write_arrays(
 
 
 class _ArrayFile:
-    """A .npy file that grows by rows: the header leaves room for the count and is written again at the end."""
+    """A .npy file that grows by rows: the header leaves room for the count and is written again at the end.
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
-        self.dtype, self.num_rows, self._row_shape = dtype, 0, row_shape
-        self._file = open(path, "wb")  # noqa: SIM115  closed by the writer that owns it
+    ``num_rows``: so many are there already, to be kept; what stands behind them is cut off.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...], *, num_rows: int = 0) -> None:
+        self.dtype, self.num_rows, self._row_shape = dtype, num_rows, row_shape
+        self._file = open(path, "r+b" if num_rows else "wb")  # noqa: SIM115  closed by the writer that owns it
         self._write_header()
         self._header_bytes = self._file.tell()
+        if num_rows:
+            self._keep(num_rows * math.prod(row_shape) * dtype.itemsize)
 
     def append(self, rows: NDArray[Any]) -> None:
         """Append [k, *row_shape]."""
         self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
         self.num_rows += len(rows)
+
+    def flush(self) -> None:
+        """See the rows to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Put the count into the header; closing twice is harmless."""
@@ -464,6 +575,14 @@ class _ArrayFile:
         self._write_header()
         assert self._file.tell() == self._header_bytes, "numpy pads the header for a first axis of up to 21 digits"
         self._file.close()
+
+    def _keep(self, num_bytes: int) -> None:
+        end = self._header_bytes + num_bytes
+        if os.fstat(self._file.fileno()).st_size < end:
+            self._file.close()
+            raise DataError("what an interrupted preparation had finished is damaged; start over with --fresh")
+        self._file.truncate(end)
+        self._file.seek(end)
 
     def _write_header(self) -> None:
         header = {
@@ -478,14 +597,19 @@ def _token_type(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < 65536 else np.int32)
 
 
-def _stream(study: _Study) -> Stream:
-    if study.image is None:
+def _line(study: _Study, num_words: int) -> Line:
+    has_image, labels = study.image is not None, list(study.labels)
+    return ["study", *_Written(study.patient, study.study, study.split, study.view, study.lang, has_image, num_words, labels)]
+
+
+def _stream(row: _Written) -> Stream:
+    if not row.has_image:
         return "text"
-    return "image" if study.text is None else "paired"
+    return "paired" if row.num_words else "image"
 
 
-def _study_table(rows: Sequence[_Study], first_image: int) -> pa.Table:
-    has_image = np.array([row.image is not None for row in rows])
+def _study_table(rows: Sequence[_Written], first_image: int) -> pa.Table:
+    has_image = np.array([row.has_image for row in rows])
     num_labels = len(rows[0].labels)
     labels = np.array([row.labels for row in rows], dtype=np.int8).ravel()
     starts = np.arange(len(rows) + 1, dtype=np.int32) * num_labels
@@ -495,8 +619,9 @@ def _study_table(rows: Sequence[_Study], first_image: int) -> pa.Table:
             "study": [row.study for row in rows],
             "split": [row.split for row in rows],
             "view": [row.view for row in rows],
+            "lang": [row.lang for row in rows],
             "has_image": has_image,
-            "has_text": [row.text is not None for row in rows],
+            "has_text": [row.num_words > 0 for row in rows],
             "image_row": np.where(has_image, first_image + np.cumsum(has_image) - 1, -1),
             "labels": pa.ListArray.from_arrays(starts, labels),
         },
@@ -515,6 +640,8 @@ def _check_study(study: _Study, image_size: int) -> None:
         raise DataError("a text is empty; give None where there is no text")
     if study.split not in SPLITS or study.view not in VIEWS:
         raise DataError(f"a split is one of {', '.join(SPLITS)}, a view one of {', '.join(VIEWS)}; got something else")
+    if study.lang != language(study.lang):
+        raise DataError("a language is a tag of BCP 47 such as en or pt-BR, or nothing; got something else")
     if not set(study.labels) <= {-1, 0, 1}:
         raise DataError("a label is 1, 0 or -1 (not known); got another number")
 
@@ -553,16 +680,6 @@ def _check_goal(path: Path, *, replace: bool) -> None:
         raise DataError("the place for the shard is taken by something that is not a shard; choose another")
     if not replace:
         raise DataError("there is a shard in this place already; choose another, or ask to replace it")
-
-
-def _rename(folder: Path, goal: Path) -> None:
-    """Put the finished folder in its place; an older shard steps aside first and is deleted last."""
-    older = folder.with_suffix(".older")
-    if goal.exists():
-        goal.rename(older)
-    folder.rename(goal)
-    flush(goal.parent)
-    shutil.rmtree(older, ignore_errors=True)
 
 
 def _fault(member: str, what: str) -> DataError:
@@ -615,6 +732,8 @@ def _read_studies(path: Path) -> pa.Table:
             table = file.read()
     except (OSError, pa.ArrowException):
         raise _fault("studies.parquet", "cannot be read: damaged") from None
+    if table.schema.equals(_STUDIES.remove(_LANG)):  # written before languages were kept study by study
+        table = table.add_column(_LANG, _STUDIES.field(_LANG), pa.array([""] * len(table), pa.string()))
     if not table.schema.equals(_STUDIES):
         raise _fault("studies.parquet", "does not have the columns of its schema")
     if any(column.null_count for column in table.columns):

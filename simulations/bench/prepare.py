@@ -4,6 +4,8 @@
 stored values are scaled between their ends, Pillow resizes. It checks nothing, looks at neither tables nor windows and has
 no limit on memory or time. Both are warm: imports and the start of workers are not counted. The files are phantoms
 enlarged to 2,000 x 2,500 pixels of 12 bits with a detector's noise, a third each uncompressed, JPEG lossless and JPEG 2000.
+``workers_2_plain_2``: two workers beside two processes that each run the plain loop on half of the files, which tells what the
+walls cost from what a machine loses when two of its processors work at once.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import gdcm
@@ -36,35 +40,38 @@ ROWS, COLUMNS, BITS = 2500, 2000, 12
 NUM_PICTURES = 4  # of each, a file in every compression
 REPEATS = 3  # of the plain loop and ours in turn; medians are compared
 SIZE = 224
-COMPRESSIONS = (None, gdcm.TransferSyntax.JPEGLosslessProcess14_1, gdcm.TransferSyntax.JPEG2000Lossless)
+# The slowest to decode first: among so few files, the last would else leave one of two workers waiting for the other.
+COMPRESSIONS = (gdcm.TransferSyntax.JPEG2000Lossless, gdcm.TransferSyntax.JPEGLosslessProcess14_1, None)
 
 
-def speed(workers: int, *, num_pictures: int = NUM_PICTURES, shape: tuple[int, int] = (ROWS, COLUMNS)) -> Line:
-    """Files per second and core, and how that compares."""
+def speed(
+    workers: int, *, num_plain: int = 1, num_pictures: int = NUM_PICTURES, shape: tuple[int, int] = (ROWS, COLUMNS)
+) -> Line:
+    """Files per second and core, and how that compares with ``num_plain`` processes of the plain loop."""
     options = ImageOptions(size=SIZE)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = write_files(folder, num_pictures, shape)
         reader = PictureReader(folder, options, frozenset({"unknown"}))
-        with Walls(reader, workers=workers) as walls:
+        with Walls(reader, workers=workers) as walls, _plain_loops(folder, names, num_plain) as plain:
             _walled(walls, reader, names[:1] * 8 * workers, workers)  # so many that each worker is started
-            _plain(folder, names[:1])
-            times = [
-                (_timed(partial(_plain, folder, names)), _timed(partial(_walled, walls, reader, names, workers)))
-                for _ in range(REPEATS)
-            ]
+            times = [(_timed(plain), _timed(partial(_walled, walls, reader, names, workers))) for _ in range(REPEATS)]
     plain_s, ours_s = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "bench": "prepare",
-        "case": f"workers_{workers}",
+        "case": f"workers_{workers}" + (f"_plain_{num_plain}" if num_plain > 1 else ""),
         "value": round(len(names) / ours_s / workers, 3),
         "unit": "files/s/core",
-        "against": f"a plain loop of pydicom and a resize, {len(names) / plain_s:.3f} files/s",
+        "against": f"{num_plain} plain loop(s) of pydicom and a resize, {len(names) / plain_s:.3f} files/s",
         "ratio": round(plain_s / ours_s, 4),
     }
 
 
-CASES: dict[str, Callable[[], Line]] = {f"workers_{workers}": partial(speed, workers) for workers in (1, 2)}
+CASES: dict[str, Callable[[], Line]] = {
+    "workers_1": partial(speed, 1),
+    "workers_2": partial(speed, 2),
+    "workers_2_plain_2": partial(speed, 2, num_plain=2),
+}
 
 
 def write_files(folder: Path, num_pictures: int, shape: tuple[int, int]) -> list[str]:
@@ -72,9 +79,9 @@ def write_files(folder: Path, num_pictures: int, shape: tuple[int, int]) -> list
     drawn = phantom.generate(num_pictures, look="north", seed=1, size=512, reports=False).images
     assert drawn is not None
     chance, names = np.random.default_rng(0), []
-    for number, picture in enumerate(drawn):
-        stored = enlarged(picture, shape, chance)
-        for compression in COMPRESSIONS:
+    pictures = [enlarged(picture, shape, chance) for picture in drawn]
+    for compression in COMPRESSIONS:
+        for number, stored in enumerate(pictures):
             name = f"{number}-{compression or 0}.dcm"
             _write(stored, folder / name)
             if compression is not None:
@@ -122,6 +129,20 @@ def _compress(path: Path, compression: int) -> None:
         raise RunError("GDCM cannot write the bench's own file")
 
 
+@contextmanager
+def _plain_loops(folder: Path, names: Sequence[str], num_plain: int) -> Iterator[Callable[[], object]]:
+    """What runs the plain loop over all files, warm: here, or shared between processes of its own."""
+    if num_plain == 1:
+        _plain(folder, names[:1])
+        yield partial(_plain, folder, names)
+        return
+    shares = [names[first::num_plain] for first in range(num_plain)]
+    with get_context("forkserver").Pool(num_plain) as pool:
+        run = partial(pool.map, partial(_plain, folder), chunksize=1)
+        run([names[:1]] * 8 * num_plain)  # so many that each process has its imports behind it
+        yield partial(run, shares)
+
+
 def _plain(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         pixels = dcmread(folder / name).pixel_array
@@ -141,7 +162,7 @@ def _walled(walls: Walls[Picture], reader: PictureReader, names: Sequence[str], 
             reader.received(picture, answer)
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

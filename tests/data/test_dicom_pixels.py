@@ -14,7 +14,10 @@ from radiographs import GDCM_SYNTAXES, LOSSLESS, bare, dataset, file_of, jpeg, m
 
 from fedmix.data import dicom
 from fedmix.data.images import ImageOptions, decode_grey, read_image
+from fedmix.data.layouts.records import Picture
+from fedmix.data.pictures import PictureReader
 from fedmix.data.quarantine import REASONS, RefusedError
+from fedmix.data.walls import Limits, Walls
 
 LOOSE = dicom.Gates(secondary_capture=True)
 
@@ -194,13 +197,43 @@ def test_a_codestream_of_another_size_than_the_header_never_reaches_its_decoder(
 
 
 def test_unknown_compressions_are_refused_by_name():
-    for syntax in (uid.HTJ2KLossless, uid.MPEG2MPML):
+    for syntax in (uid.MPEG2MPML, uid.JPIPHTJ2KReferenced):
         built = dataset(marked())
-        built.PixelData = encapsulate([b"\xff\x4f\xff\x51" + bytes(100)])
+        built.PixelData = encapsulate([bytes(100)])
         assert code_of(written(built, syntax)) == "dicom_transfer_syntax"
-    twelve = dataset(marked())
-    twelve.PixelData = encapsulate([jpeg(marked() >> 4)])
-    assert code_of(written(twelve, uid.JPEGExtended12Bit)) == "dicom_transfer_syntax"
+
+
+@pytest.mark.parametrize("syntax", [uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K, uid.JPEG2000Lossless, uid.JPEG2000])
+def test_high_throughput_jpeg_2000_is_refused_with_what_to_do_also_where_it_is_called_jpeg_2000(syntax):
+    rows, columns = marked().shape
+    size = struct.pack(">H8IH3B", 0x4000, columns, rows, 0, 0, columns, rows, 0, 0, 1, 11, 1, 1)  # SIZ of ITU-T T.814
+    built = dataset(marked())
+    built.PixelData = encapsulate([b"\xff\x4f\xff\x51" + struct.pack(">H", 2 + len(size)) + size + b"\xff\xd9"])
+    with pytest.raises(RefusedError, match="high-throughput JPEG 2000; export the DICOM file as JPEG 2000 or uncompressed"):
+        dicom.read_pixels(written(built, syntax))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "bits"), [(uid.JPEGExtended12Bit, 12), (uid.JPEGExtended12Bit, 8), (uid.JPEGBaseline8Bit, 8)]
+)
+def test_jpeg_of_twelve_bits_is_refused_with_what_to_do_also_where_it_is_called_eight(syntax, bits):
+    frame = bytearray(jpeg(marked() >> 4))
+    at = frame.index(b"\xff\xc0")
+    frame[at + 1], frame[at + 4] = 0xC1, 12  # extended sequential, 12 bits a sample (ITU-T T.81, B.2.2)
+    built = dataset(marked() if bits == 12 else (marked() >> 4).astype(np.uint8), bits=bits)
+    built.PixelData = encapsulate([bytes(frame)])
+    with pytest.raises(RefusedError, match="JPEG of 12 bits; export the DICOM file as JPEG lossless or uncompressed"):
+        dicom.read_pixels(written(built, syntax))
+
+
+def test_jpeg_of_the_extended_process_is_read_where_it_has_eight_bits():
+    eight = (marked() >> 4).astype(np.uint8)
+    frame = bytearray(jpeg(eight))
+    frame[frame.index(b"\xff\xc0") + 1] = 0xC1
+    built = dataset(eight, bits=8)
+    built.PixelData = encapsulate([bytes(frame)])
+    extended = dicom.read_pixels(written(built, uid.JPEGExtended12Bit))
+    assert np.array_equal(extended, dicom.read_pixels(file_of(eight, bits=8, syntax=uid.JPEGBaseline8Bit)))
 
 
 def test_dicomdir_and_files_without_pixels_or_of_other_kinds_are_refused():
@@ -251,6 +284,28 @@ def test_an_rle_file_that_claims_a_huge_image_is_refused_by_its_header():
     built = dataset(np.zeros((16, 16), np.uint8), bits=8, Rows=65535, Columns=65535)
     built.PixelData = encapsulate([struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * 8])
     assert code_of(written(built, uid.RLELossless)) == "image_too_large"
+
+
+def rle_bomb(rows, columns, packets):
+    """A file of 8 bits whose every two bytes become 128."""
+    built = dataset(np.zeros((16, 16), np.uint8), bits=8, Rows=rows, Columns=columns)
+    built.PixelData = encapsulate([struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * packets])
+    return written(built, uid.RLELossless)
+
+
+def test_an_rle_bomb_is_refused_before_it_is_decoded():
+    assert code_of(rle_bomb(64, 64, 4 << 20)) == "dicom_size_mismatch"
+    assert code_of(rle_bomb(8000, 8000, 100)) == "dicom_broken"  # far fewer pixels than it says
+
+
+def test_an_rle_bomb_that_is_no_longer_than_its_pixels_ends_at_the_wall(tmp_path):
+    (tmp_path / "bomb.dcm").write_bytes(rle_bomb(2000, 2000, 3_900_000))
+    assert (tmp_path / "bomb.dcm").stat().st_size < 8_000_000  # and 500 million when decoded
+    reader = PictureReader(tmp_path, ImageOptions(size=32), frozenset({"PA"}))
+    with Walls(reader, workers=1, limits=Limits(memory_bytes=128 << 20)) as walls:
+        answer = walls.ask(Picture(("bomb.dcm",), view="PA"))
+    assert isinstance(answer, RefusedError)
+    assert answer.code in ("decoder_memory", "dicom_broken")  # pydicom hides why its decoder failed
 
 
 def test_nothing_of_a_file_is_ever_logged(caplog, capfd):

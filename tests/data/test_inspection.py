@@ -35,7 +35,15 @@ def test_a_declaration_is_counts(make):
     said = declaration(shard)
     assert (said.streams, said.splits) == ({"image": 0, "text": 0, "paired": 3}, {"train": 2, "val": 0, "test": 1})
     assert (said.num_patients, said.views, said.positives) == (2, {"unknown": 3}, {"Edema": 1})
-    assert (said.image_size, said.languages, said.texts) == (16, {}, "not searched")
+    assert (said.image_size, said.languages, said.texts) == (16, {"unknown": 3}, "not searched")
+
+
+def test_a_declaration_counts_the_texts_of_each_language(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "shard", image_size=16, tokenizer=tokenizer, key=KEY) as writer:
+        for number, lang in enumerate(("en", "es", "en", "")):
+            writer.add(patient="a", study=str(number), text="Normal.", lang=lang)
+        writer.add(patient="a", study="no text", image=np.eye(16, dtype=np.uint8), lang="en")
+    assert declaration(Shard.open(tmp_path / "shard")).languages == {"en": 2, "es": 1, "unknown": 1}
 
 
 def test_shards_of_one_key_put_a_patient_into_one_split(make):

@@ -44,7 +44,7 @@ def picture(number=0):
 def prepare_table(root, out, *, tokenizer, workers=2, on_progress=None, **options) -> PrepareSummary:
     """Each option goes where it belongs: to the table, to its reader, or to the preparation."""
     table = TableOptions(**{name: options.pop(name) for name in ("csv", "columns", "delimiter") if name in options})
-    reader = {name: options.pop(name) for name in ("label_names", "fallback_encoding") if name in options}
+    reader = {name: options.pop(name) for name in ("label_names", "fallback_encoding", "lang") if name in options}
     source = table_source(real_root(root), SourceOptions(**reader), table)
     return prepare(
         source,
@@ -167,6 +167,16 @@ def test_rows_that_merely_lack_the_other_side_are_not_bad(site):
         row["text"] = ""
     site.table(rows)
     assert site.prepare(stream="paired", max_bad_share=0.0).studies == 1
+
+
+def test_a_text_is_in_the_language_of_its_cell_or_else_in_that_of_the_site(site):
+    rows = [{**row, "lang": lang} for row, lang in zip(site.paired(4), ("es", "", "pt_br", "Hans Müller"), strict=True)]
+    site.table(rows)
+    site.prepare("a", lang="fr")
+    site.prepare("b")
+    assert (site.shard("a").lang, site.shard("b").lang) == (["es", "fr", "pt-BR", "fr"], ["es", "", "pt-BR", ""])
+    with pytest.raises(DataError, match="BCP 47"):
+        site.prepare("c", lang="French")
 
 
 # What goes wrong is counted and does not stop the run

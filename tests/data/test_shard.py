@@ -33,6 +33,7 @@ def study(number):
         "text": SENTENCES[number % len(SENTENCES)] if number % 3 != 0 else None,
         "labels": {"effusion": number % 2} if number % 5 else None,
         "view": ("PA", "AP", "unknown")[number % 3],
+        "lang": ("en", "", "pt-BR")[number % 3],
     }
 
 
@@ -168,6 +169,25 @@ def test_quarantine_holds_codes_and_counts_and_takes_no_others(tmp_path, tokeniz
     lines = [json.loads(line) for line in (tmp_path / "shard" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["code"]: line["count"] for line in lines} == {"file_missing": 2, "image_broken": 3}
     assert Shard.open(tmp_path / "shard").manifest.quarantine == {"file_missing": 2, "image_broken": 3}
+
+
+def test_the_language_of_each_text_is_kept_and_an_image_has_none(pristine):
+    shard = Shard.open(pristine)
+    assert shard.lang == ["", "", "pt-BR", "", "", "pt-BR", "", "", "pt-BR", ""]
+    assert shard.manifest.languages == {"pt-BR": 3}
+
+
+def test_a_shard_of_before_the_column_of_languages_still_opens(path):
+    studies = pq.ParquetFile(path / "studies.parquet").read().drop_columns(["lang"])
+    pq.write_table(studies, path / "studies.parquet")
+    content = json.loads((path / "shard.json").read_text())
+    del content["seal"], content["languages"]
+    data = (path / "studies.parquet").read_bytes()
+    content["files"]["studies.parquet"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "shard.json").write_text(json.dumps({**content, "seal": _seal_of(content)}))
+    shard = Shard.open(path)
+    assert shard.lang == [""] * 10
+    assert shard.words(1) is not None
 
 
 # Damage
@@ -380,6 +400,7 @@ def test_something_that_is_not_a_shard_is_never_replaced(tmp_path, tokenizer):
         ({"text": " "}, "empty"),
         ({"split": "holdout"}, "split"),
         ({"view": "sideways"}, "view"),
+        ({"lang": "MUELLER"}, "BCP 47"),
         ({"labels": {"effusion": 2}}, "1, 0 or -1"),
         ({"labels": {"MUELLER": 1}}, "not among the 2"),
     ],

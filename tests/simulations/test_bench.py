@@ -67,7 +67,7 @@ def test_a_bench_without_nvflare_or_without_disk_says_so_and_measures_nothing(
 
 def test_an_unknown_case_is_one_sentence_and_every_case_has_its_name() -> None:
     assert list(BENCHES["federation"]) == ["overhead", "vs_ray", "vs_nvflare", "server_memory", "bytes_up"]
-    assert list(BENCHES["prepare"]) == ["workers_1", "workers_2"]
+    assert list(BENCHES["prepare"]) == ["workers_1", "workers_2", "workers_2_plain_2"]
     with pytest.raises(ConfigError, match=r"no case 'nosuch'; there are floor, .*overhead, .*workers_2"):
         cli.bench("federation", "nosuch")
 
@@ -99,6 +99,7 @@ def test_the_files_of_the_bench_of_prepare_are_one_picture_in_every_compression(
 @pytest.mark.e2e
 def test_walled_and_plain_loops_are_timed_over_the_same_files() -> None:
     line = checked(prepare.speed(2, num_pictures=1, shape=(300, 240)), "workers_2", "prepare")
+    checked(prepare.speed(2, num_plain=2, num_pictures=1, shape=(300, 240)), "workers_2_plain_2", "prepare")
     assert isinstance(line["ratio"], float)
     assert line["ratio"] > 0
 

@@ -14,6 +14,7 @@ MAX_SIDE = 10_000  # pixels; the largest chest detectors have about 5,000
 MIN_BITS, MAX_BITS = 8, 16
 
 _RADIOGRAPHS = (uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation)
+_HTJ2K = (uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 _CHEST_WORDS = ("CHEST", "THORAX", "TORAX", "TÓRAX", "LUNG", "RIB")
 
 # One decoder for each transfer syntax, where pydicom alone would try the next when one fails, and nobody would know.
@@ -50,10 +51,12 @@ def check(header: Header, gates: Gates) -> None:
     """Raise ``RefusedError`` unless this is a single grey chest radiograph of a size and encoding that can be read."""
     _check_kind(header, gates)
     _check_shape(header)
+    if header.transfer_syntax in _HTJ2K:
+        raise RefusedError("dicom_htj2k")
     if header.transfer_syntax not in DECODERS:
         raise RefusedError("dicom_transfer_syntax")
     if header.transfer_syntax == uid.JPEGExtended12Bit and header.bits_stored != 8:
-        raise RefusedError("dicom_transfer_syntax")
+        raise RefusedError("dicom_jpeg_12_bit")
 
 
 def _check_kind(header: Header, gates: Gates) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmix.data.languages import language
 from fedmix.data.layouts import sheets
 from fedmix.data.layouts.records import Picture, Record, Report, Source, SourceOptions
 from fedmix.data.quarantine import RefusedError
@@ -45,17 +46,17 @@ def open_dicom(root: Path, options: SourceOptions) -> Source:
     files = sorted(_files(root, table))
     if not files:
         raise DataError("the root folder holds no files; give the folder with the DICOM files")
-    reports = None if table is None else _read_reports(table, options.fallback_encoding)
+    reports = None if table is None else _read_reports(table, options)
     alone = "No table of reports was given (--reports), so the studies are images alone."
     return Source(
         root=root,
         num_rows=len(files),
         label_names=(),
-        is_dicom=True,
         records=partial(_records, files),
         fallback_encoding=options.fallback_encoding,
         notes=(alone,) if reports is None else (f"The table holds reports of {len(reports.texts)} studies.",),
         join=partial(_joined, reports),
+        joined=table,
     )
 
 
@@ -88,7 +89,7 @@ def _joined(reports: _Reports | None, record: Record, header: Header) -> Record:
     return replace(named, report=Report(text, lang=reports.langs[key]))
 
 
-def _read_reports(table: Path, fallback_encoding: str | None) -> _Reports:
+def _read_reports(table: Path, options: SourceOptions) -> _Reports:
     key, text, *lang = _columns(table)
     texts: dict[str, str | None] = {}
     langs: dict[str, str] = {}
@@ -96,8 +97,8 @@ def _read_reports(table: Path, fallback_encoding: str | None) -> _Reports:
         if cells is None or not cells[0].strip() or not cells[1].strip():
             continue
         study = cells[0].strip()
-        texts[study] = _together(texts.get(study, ""), cells[1], fallback_encoding)
-        langs[study] = cells[2].strip().lower()[:3] if lang else ""
+        texts[study] = _together(texts.get(study, ""), cells[1], options.fallback_encoding)
+        langs[study] = (language(cells[2]) if lang else "") or options.lang
     return _Reports(_KEYS[key], texts, langs)
 
 

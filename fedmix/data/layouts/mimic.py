@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def open_mimic(root: Path, options: SourceOptions) -> Source:
             studies.add(row, (subject, study), Picture((path, f"{path}.gz"), views.get(image)))
         except RefusedError as refused:
             studies.refusals.append(Refusal(row, refused.code))
-    return replace(_source(root, options, studies), is_dicom=True)
+    return _source(root, options, studies)
 
 
 def _checked(cells: tuple[str, ...] | None, *, has_image: bool = True) -> tuple[str, ...]:

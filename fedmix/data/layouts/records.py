@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedmix.data.languages import language
 from fedmix.data.quarantine import RefusedError
 from fedmix.errors import DataError
 
@@ -46,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """A study's report: its text, or its sections by name, or where the file is; ``lang`` as ISO 639-1 where it is known."""
+    """A study's report: its text, or its sections by name, or where the file is; ``lang`` as BCP 47 where it is known."""
 
     text: str | None = None
     sections: Mapping[str, str] | None = None
@@ -84,14 +85,18 @@ class SourceOptions:
     """What a reader may be asked besides its root.
 
     ``label_names``: the findings to keep; None takes all. ``fallback_encoding``: of reports that are not UTF-8.
-    ``reports``: where reports lie if not below the root: a folder (MIMIC), a table (DICOM).
+    ``reports``: where reports lie if not below the root: a folder (MIMIC), a table (DICOM). ``lang``: the language, BCP 47, of
+    texts whose table does not name one; public data sets know theirs.
     """
 
     label_names: tuple[str, ...] | None = None
     fallback_encoding: str | None = None
     reports: Path | None = None
+    lang: str = ""
 
     def __post_init__(self) -> None:
+        if self.lang != language(self.lang):
+            raise DataError("the language is no tag of BCP 47; give one such as en, es or pt-BR")
         try:
             b"a".decode(self.fallback_encoding or "utf-8")
         except (LookupError, UnicodeDecodeError):
@@ -103,8 +108,8 @@ class Source:
     """A data set that has been looked through once; ``records`` walks it, always in the same order.
 
     ``root``, ``reports_root``: real paths, below which pictures and reports are opened. ``frontal_only``: what the data set
-    is used for unless a site says otherwise. ``is_dicom``: pictures are decoded in worker processes. ``join``: completes a
-    record from what its DICOM header says.
+    is used for unless a site says otherwise. ``join``: completes a
+    record from what its DICOM header says, and from ``joined``, a table.
     """
 
     root: Path
@@ -115,10 +120,10 @@ class Source:
     has_patients: bool = True
     has_splits: bool = False
     frontal_only: bool = True
-    is_dicom: bool = False
     fallback_encoding: str | None = None
     notes: tuple[str, ...] = ()
     join: Callable[[Record, Any], Record] | None = None
+    joined: Path | None = None
 
 
 def view_named(name: str) -> str:

@@ -6,13 +6,13 @@ A row that cannot be used becomes a ``Refusal``; only a table that cannot be rea
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 from fedmix.data import phi
+from fedmix.data.languages import language
 from fedmix.data.layouts.records import (
     MAX_LABELS,
     Picture,
@@ -76,6 +76,7 @@ class Table:
     header: tuple[str, ...]
     num_rows: int
     label_names: tuple[str, ...]
+    lang: str = ""
 
     def has(self, column: str) -> bool:
         """Whether the table has this column."""
@@ -96,7 +97,7 @@ def table_source(root: Path, options: SourceOptions, table: TableOptions | None 
         root=root,
         num_rows=opened.num_rows,
         label_names=opened.label_names,
-        records=partial(table_records, opened),
+        records=partial(table_records, replace(opened, lang=options.lang)),
         has_patients=opened.has(table.columns.patient),
         has_splits=opened.has(table.columns.split),
         frontal_only=False,
@@ -208,16 +209,10 @@ def _record(table: Table, number: int, cells: list[str]) -> Record:
         patient=patient,
         study=row.get(columns.study, "").strip() or f"row {number}",
         pictures=(Picture((image,), view_named(row.get(columns.view, ""))),) if image else (),
-        report=Report(text, lang=_lang(row.get(columns.lang, ""))) if text else None,
+        report=Report(text, lang=language(row.get(columns.lang, "")) or table.lang) if text else None,
         split=split_named(row[columns.split]) if table.has(columns.split) else None,
         labels=_labels(table, row),
     )
-
-
-def _lang(cell: str) -> str:
-    """Two or three letters of ISO 639, else nothing: this cell is free text too."""
-    code = cell.strip().lower()
-    return code if re.fullmatch(r"[a-z]{2,3}", code) else ""
 
 
 def _text(cell: str, fallback_encoding: str | None) -> str | None:

@@ -1,38 +1,37 @@
-"""Where the pictures of a source are decoded: in this process, or behind walls."""
+"""Where the pictures of a source are decoded: behind walls, all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 
 from fedmix.data.layouts.records import Picture, Source
-from fedmix.data.pictures import Decode, Decoded, NeedsWallsError, PictureReader
+from fedmix.data.pictures import Decode, Decoded, PictureReader
 from fedmix.data.prepare.options import PrepareOptions
 from fedmix.data.quarantine import RefusedError
 
 
 @contextmanager
 def decoding(source: Source, options: PrepareOptions, workers: int) -> Iterator[Decode]:
-    """How the pictures of a source are decoded, while the block lasts: what is DICOM, by a worker behind walls."""
-    reader = PictureReader(source.root, options.image, options.views_of(source))
+    """How the pictures of a source are decoded, while the block lasts; no worker starts before a file asks for one."""
     if not options.wants_image:
-        yield reader.read
+        yield _unasked
         return
-    # Not above: reports and plain images are prepared without pydicom, and no worker starts before a file asks for one.
-    from fedmix.data.dicom import Gates
+    from fedmix.data.dicom import Gates  # not above: reports are prepared without pydicom
     from fedmix.data.walls import Walls
 
-    reader = replace(reader, gates=Gates(secondary_capture=options.takes_captures, unmarked=options.takes_unmarked))
+    gates = Gates(secondary_capture=options.takes_captures, unmarked=options.takes_unmarked)
+    reader = PictureReader(source.root, options.image, options.views_of(source), gates)
     with Walls(reader, workers=workers) as walls:
 
         def decode(picture: Picture) -> Decoded:
-            if not source.is_dicom:
-                with suppress(NeedsWallsError):
-                    return reader.read(picture, is_walled=False)
             answer = walls.ask(picture)
             if isinstance(answer, RefusedError):
                 raise answer
             return reader.received(picture, answer)
 
         yield decode
+
+
+def _unasked(picture: Picture) -> Decoded:
+    raise AssertionError("a shard of texts looks at no picture")

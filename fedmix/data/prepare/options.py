@@ -33,7 +33,8 @@ class PrepareOptions:
     what happens to a study whose text still holds dates, numbers or names: it is left out, or only counted. ``views``: None
     leaves it to the layout. ``takes_unmarked``: DICOM images that do not say whether anything is burned in.
     ``takes_captures``: DICOM secondary captures. ``split_shares``: train, val, test, by patient, where the data set has no
-    splits. ``max_bad_share``: more unusable rows than this end the preparation.
+    splits. ``max_bad_share``: more unusable rows than this end the preparation. ``replace``: an older shard may be replaced.
+    ``fresh``: start over, where an interrupted preparation could be gone on with.
     """
 
     image: ImageOptions = field(default_factory=ImageOptions)
@@ -47,6 +48,7 @@ class PrepareOptions:
     split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     max_bad_share: float = 0.2
     replace: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.stream not in (None, "image", "text", "paired"):

@@ -1,7 +1,8 @@
 """A site's files -> a prepared shard: reads in threads, writes in the data set's order, leaves out and counts what is bad.
 
-Threads rather than processes: Pillow decodes and resizes without holding the interpreter, and images stay where they are
-instead of being copied between processes.
+A preparation that was killed goes on behind the last row it had finished, and ends with the bytes of one that was not.
+
+Threads read reports and wait for the worker processes that decode pictures, of which only finished squares come back.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedmix.data.deidentification import Deidentification
-from fedmix.data.layouts.records import TRAIN_OR_VAL, Source
+from fedmix.data.layouts.records import TRAIN_OR_VAL, Record, Refusal, Source
 from fedmix.data.prepare.decoding import decoding
 from fedmix.data.prepare.options import PrepareOptions, PrepareSummary
-from fedmix.data.prepare.reading import Outcome, Ready, read_study
-from fedmix.data.prepare.tally import Tally
+from fedmix.data.prepare.reading import Outcome, read_study
+from fedmix.data.prepare.resuming import mark_of_row, mark_of_settings
+from fedmix.data.prepare.tally import Tally, TooMuchLeftOutError
 from fedmix.data.shard import Shard, ShardWriter
 from fedmix.errors import DataError
 
@@ -46,7 +48,9 @@ def prepare(
     """Prepare the studies of a data set; ``on_progress`` hears rows done and rows in all.
 
     Bad rows are left out and counted. Raises ``DataError`` if nothing is left, if more than ``max_bad_share`` of the rows
-    are bad, or if table or disk fail; then there is no shard, and an older one is untouched.
+    are bad, or if table or disk fail; then there is no shard, and an older one is untouched. Unless it was the data set that
+    was not fit, what was finished stays beside ``out`` for the next call; that one raises ``DataError`` where its options, key
+    or tokenizer are others or the data set has changed, until ``options.fresh`` says to start over.
     """
     start = time.monotonic()
     if source.join is not None and not options.wants_image:
@@ -60,29 +64,50 @@ def prepare(
         max_words=options.max_words,
         split_shares=options.split_shares,
         replace=options.replace,
+        mark=mark_of_settings(source, options, tokenizer=tokenizer, key=key),
+        fresh=options.fresh,
     )
-    tally = Tally(source.num_rows, options.max_bad_share)
+    is_joined = source.join is not None and options.stream != "image"
+    tally = Tally(source.num_rows, options.max_bad_share, key=key, is_joined=is_joined)
+    rows = source.records()
     try:
-        with writer, contextlib.closing(_in_order(source, options, workers)) as outcomes:
-            for outcome in outcomes:
-                if source.join is not None and options.stream != "image":
-                    tally.keep_first(outcome)
-                _write(writer, outcome, tally)
-                if on_progress is not None:
-                    on_progress(tally.done, source.num_rows)
-            tally.check_left()
-            writer.describe(_deidentification(options, tally), languages=tally.langs)
+        with writer:
+            num_before = _go_on(writer, tally, source, rows, key)
+            if on_progress is not None and num_before:
+                on_progress(num_before, source.num_rows)
+            try:
+                with contextlib.closing(_in_order(source, rows, options, workers, key)) as outcomes:
+                    for mark, outcome in () if writer.is_finished else outcomes:
+                        _write(writer, mark, outcome, tally)
+                        if on_progress is not None:
+                            on_progress(tally.done, source.num_rows)
+                tally.check_left()
+            except TooMuchLeftOutError:
+                writer.discard()
+                raise
+            writer.describe(_deidentification(options, tally))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
         raise DataError(f"the shard cannot be written: {reason}; {_disk_advice(error)}") from None
-    return _summary(out, source, options, tally, time.monotonic() - start)
+    return _summary(out, source, options, tally, num_before, time.monotonic() - start)
 
 
-def _write(writer: ShardWriter, outcome: Outcome, tally: Tally) -> None:
-    kept = [one for one in outcome.ready if _keeps_split(one, tally)]
-    outcome.left_out += ["split_conflict"] * (len(outcome.ready) - len(kept))
-    outcome.ready = kept
-    for one in kept:
+def _go_on(writer: ShardWriter, tally: Tally, source: Source, rows: Iterator[Record | Refusal], key: bytes) -> int:
+    """Count what an interrupted preparation has done, and leave ``rows`` at the first that it has not; how many it had done."""
+    for mark, note in writer.rows_done():
+        row = next(rows, None)
+        if row is None or mark_of_row(source, row, key) != mark:
+            raise DataError(
+                f"the data set has changed since its preparation was interrupted, in or before row {note['row']}; "
+                "bring it back to go on, or start over with --fresh"
+            )
+        tally.count(note)
+    return tally.done
+
+
+def _write(writer: ShardWriter, mark: str, outcome: Outcome, tally: Tally) -> None:
+    note = tally.add(outcome)
+    for one in outcome.ready:
         writer.add(
             patient=_given(one.record.patient),
             study=_given(one.record.study),
@@ -90,16 +115,13 @@ def _write(writer: ShardWriter, outcome: Outcome, tally: Tally) -> None:
             text=one.text,
             labels=one.record.labels,
             view=one.view,
+            lang="" if one.record.report is None else one.record.report.lang,
             split=None if one.record.split == TRAIN_OR_VAL else one.record.split,
             never_test=one.record.split == TRAIN_OR_VAL,
         )
     for code in outcome.left_out:
         writer.quarantine(code)
-    tally.add(outcome)
-
-
-def _keeps_split(one: Ready, tally: Tally) -> bool:
-    return one.record.split is None or tally.keeps_split(_given(one.record.patient), one.record.split)
+    writer.end_row((mark, note))
 
 
 def _given(identifier: str | None) -> str:
@@ -107,16 +129,23 @@ def _given(identifier: str | None) -> str:
     return identifier
 
 
-def _in_order(source: Source, options: PrepareOptions, workers: int) -> Generator[Outcome, None, None]:
-    """Rows in the data set's order, read by ``workers`` threads that run a little ahead of the writer."""
-    ahead: deque[Future[Outcome]] = deque()
+def _in_order(
+    source: Source, rows: Iterator[Record | Refusal], options: PrepareOptions, workers: int, key: bytes
+) -> Generator[tuple[str, Outcome], None, None]:
+    """Rows in the data set's order with their marks, read by ``workers`` threads that run a little ahead of the writer."""
+    ahead: deque[Future[tuple[str, Outcome]]] = deque()
     with (
         decoding(source, options, workers) as decode,
         ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="prepare") as pool,
     ):
+
+        def read(row: Record | Refusal) -> tuple[str, Outcome]:
+            mark = mark_of_row(source, row, key)  # before its files are opened: a change in between is to be noticed
+            return mark, read_study(source, row, options, decode)
+
         try:
-            for row in source.records():
-                ahead.append(pool.submit(read_study, source, row, options, decode))
+            for row in rows:
+                ahead.append(pool.submit(read, row))
                 if len(ahead) >= ROWS_AHEAD * max(1, workers):
                     yield ahead.popleft().result()
             while ahead:
@@ -126,8 +155,11 @@ def _in_order(source: Source, options: PrepareOptions, workers: int) -> Generato
                 future.cancel()
 
 
-def _summary(out: Path, source: Source, options: PrepareOptions, tally: Tally, seconds: float) -> PrepareSummary:
+def _summary(
+    out: Path, source: Source, options: PrepareOptions, tally: Tally, num_before: int, seconds: float
+) -> PrepareSummary:
     shard = Shard.open(out, verify=False)
+    before = (f"Went on behind {num_before} rows that an interrupted preparation had done.",) if num_before else ()
     return PrepareSummary(
         rows=tally.done,
         written=shard.stream_counts,
@@ -136,7 +168,7 @@ def _summary(out: Path, source: Source, options: PrepareOptions, tally: Tally, s
         quarantined=dict(sorted(tally.quarantined.items())),
         shown_rows={code: tuple(rows) for code, rows in sorted(tally.rows.items())},
         phi=dict(sorted(tally.phi.items())),
-        notes=(*source.notes, *_notes(source, options, tally, shard)),
+        notes=(*before, *source.notes, *_notes(source, options, tally, shard)),
         seconds=seconds,
     )
 
@@ -164,4 +196,8 @@ def _deidentification(options: PrepareOptions, tally: Tally) -> Deidentification
 
 
 def _disk_advice(error: OSError) -> str:
-    return "free some space, or choose another place" if error.errno == errno.ENOSPC else "check the place and its permissions"
+    return (
+        "free some space and start again, or choose another place"
+        if error.errno == errno.ENOSPC
+        else "check the place and its permissions"
+    )

@@ -61,12 +61,15 @@ def test_reports_are_joined_to_the_first_frontal_image_of_their_study(root: Path
         ["", "Of nobody.", "en"],
     ]
     write_table(tmp_path / "reports.csv.gz", [key, "report", "lang"], rows)
+    write_table(tmp_path / "spoken.csv", [key, "report"], [row[:2] for row in rows])
     summary, shard = prepared("dicom", root, source={"reports": tmp_path / "reports.csv.gz"})
     assert summary.written == {"image": 1, "text": 0, "paired": 1}
     assert texts(shard, 1) == encoded("Clear. Normal.")
     assert shard.view == ["PA", "AP"]
     assert summary.quarantined["image_extra"] == 1
-    assert shard.manifest.languages == {"en": 1}
+    assert shard.lang == ["en", ""]
+    _, shard = prepared("dicom", root, "spanish", source={"reports": tmp_path / "spoken.csv", "lang": "es-MX"})
+    assert shard.lang == ["es-MX", ""]
 
 
 def test_a_report_in_an_odd_encoding_is_decoded_as_declared_or_refused(root: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_study_is_its_frontal_image_with_a_spanish_report_and_listed_findings(
     assert shard.label_names == ("cardiomegaly", "normal", "pleural effusion")
     assert shard.labels.tolist() == [[1, 0, 1], [-1, -1, -1], [0, 1, 0]]
     assert summary.quarantined == {"view_lateral": 1, "view_unknown": 1}
+    assert shard.lang == ["es" if has_text else "" for has_text in shard.has_text]
     assert shard.manifest.languages == {"es": 2}
 
 
