@@ -28,7 +28,8 @@ def text_bits(
     words = [texts[text] for text, _ in places]
     hidden = [np.arange(len(ids)) == place for ids, (_, place) in zip(words, places, strict=True)]
     scores = score_words(encoder, words, hidden, vocabulary=vocabulary, batch_size=batch_size)
-    bits: NDArray[np.float64] = np.bincount([text for text, _ in places], scores.bits, minlength=len(texts))
+    bits = np.zeros(len(texts))
+    np.add.at(bits, [text for text, _ in places], scores.bits)
     return bits
 
 

@@ -112,7 +112,8 @@ def _standardised(values: NDArray[np.float64], is_member: NDArray[np.bool_]) -> 
     others = values[~is_member & np.isfinite(values)]
     if not len(others) or others.std() < 1e-12:
         return np.where(np.isfinite(values), 0.0, np.nan)
-    return (values - others.mean()) / others.std()
+    standard: NDArray[np.float64] = (values - others.mean()) / others.std()
+    return standard
 
 
 def _seed(settings: AuditSettings, draw: int) -> int:
