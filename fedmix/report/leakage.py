@@ -147,7 +147,7 @@ def _leaks(found: Values) -> Iterator[str]:
         if block and block["auc_ci95"] and block["auc_ci95"][0] > GUESSING and not _is_no_memory(block):
             yield f"{TITLES[kind].lower()} ({quantities.percent(block['auc'], 0)} right)"
     interval = found["relinkage"]["difference_r@1_ci95"]
-    if interval and interval[0] > 0:
+    if interval and interval[0] > 0 and not _are_other_pairs(found["relinkage"]):
         points = _points(found["relinkage"]["difference_r@1"])
         yield f"re-linkage ({points} points more of the training pairs found)"
 
@@ -156,6 +156,12 @@ def _is_no_memory(block: Values) -> bool:
     """Whether the control tells the groups apart, so that they differ by themselves."""
     interval = block.get("control", {}).get("auc_ci95")
     return bool(interval) and not interval[0] <= GUESSING <= interval[1]
+
+
+def _are_other_pairs(relinked: Values) -> bool:
+    """Whether a model that saw no pair tells the two kinds of pairs apart as well."""
+    interval = relinked.get("control", {}).get("difference_r@1_ci95")
+    return bool(interval) and not interval[0] <= 0 <= interval[1]
 
 
 def _warnings(found: Values) -> Iterator[str]:
@@ -270,8 +276,11 @@ def _relinkage_meaning(block: Values) -> list[str]:
         f"(chance: {chance}); that is what retrieval is for, and a reason not to keep names on either side."
     )
     low, _ = block["difference_r@1_ci95"] or (0.0, 0.0)
-    memory = "More often for training pairs: the model has learnt some of them by heart."
-    return [memory if low > 0 else "Training pairs are not found more often than others.", ability]
+    if low <= 0:
+        return ["Training pairs are not found more often than others.", ability]
+    if _are_other_pairs(block):
+        return ["More often for training pairs, but a model that saw none of them finds these more often too.", ability]
+    return ["More often for training pairs: the model has learnt some of them by heart.", ability]
 
 
 def _epsilon(block: Values) -> Finding:

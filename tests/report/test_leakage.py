@@ -107,6 +107,16 @@ def test_a_control_that_tells_the_groups_apart_takes_the_finding_back() -> None:
     assert "up to 0.52 is not excluded" in by_title["Reports"].meaning[0]
 
 
+def test_pairs_that_are_easier_for_a_model_that_saw_none_are_no_memory() -> None:
+    values = found()
+    values["relinkage"]["control"] = {"difference_r@1": 0.05, "difference_r@1_ci95": [0.02, 0.08]}
+    page = page_of(values)
+    assert "re-linkage" not in page.verdict[0]
+    assert "finds these more often too" in next(one for one in page.findings if one.title == "Re-linkage").meaning[0]
+    values["relinkage"]["control"] = {"difference_r@1": 0.0, "difference_r@1_ci95": [-0.01, 0.01]}
+    assert "re-linkage" in page_of(values).verdict[0]
+
+
 def test_what_could_not_be_measured_is_said_and_draws_nothing(tmp_path: Path) -> None:
     reason = "not enough data: 7 patients on the smaller side, at least 20 are needed"
     nothing = {"auc": None, "auc_ci95": None, "tpr@fpr_0.01": None, "tpr@fpr_0.001": None, "reason": reason} | SIZES
