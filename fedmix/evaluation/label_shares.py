@@ -25,6 +25,8 @@ def share_report(scores: list[NDArray[np.float64]], test: LabelledRows, weights:
     filled = [np.where(np.isnan(drawn), 0.0, drawn) for drawn in scores]
     once = np.ones((1, len(test)))
     draws = [float(metrics.resampled_macro_auroc(test.labels, drawn, once)[0]) for drawn in filled]
+    if not np.isfinite(draws).all():
+        return {"macro_auroc": None, "ci95": None, "reason": "no label has both classes among the test rows"}
     resampled = np.mean([metrics.resampled_macro_auroc(test.labels, drawn, weights) for drawn in filled], axis=0)
     report: Report = {"macro_auroc": float(np.mean(draws)), **metrics.interval(resampled), "draws": draws}
     return report | {"mean_labels_guessed": float(np.mean([one.sum() for one in guessed]))}

@@ -85,6 +85,15 @@ def test_a_label_that_a_draw_knows_nothing_of_counts_as_guessed() -> None:
     assert report["mean_labels_guessed"] == 0.5
 
 
+def test_without_a_label_to_score_a_share_has_a_reason_and_no_draws() -> None:
+    test, scores = rows()
+    test.labels[:] = 1
+    report = share_report([scores], test, patient_weights(test.patient, 20, np.random.default_rng(0)))
+    assert report["macro_auroc"] is None
+    assert "both classes" in report["reason"]
+    assert "draws" not in report
+
+
 # ---- subgroups
 
 
