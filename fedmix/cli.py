@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix import config
+from fedmix.commands.audit import audit
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
 from fedmix.commands.screen import Screen
@@ -34,6 +35,7 @@ config_app = typer.Typer(
     no_args_is_help=True, help="Look at experiment files.\n\nExample:  fedmix config show configs/demo.yaml"
 )
 app.command()(prepare)
+app.command()(audit)
 app.add_typer(shard_app, name="shard")
 app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")

@@ -80,8 +80,10 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
     patients: list[str] = []
     is_train: list[bool] = []
     image_row: list[int] = []
+    views: list[str] = []
+    sites: list[str] = []
     names = sorted({name for shard in shards for name in shard.label_names})
-    for shard in shards:
+    for number, shard in enumerate(shards, 1):
         if shard.has_text.any() and shard.tokenizer_fingerprint != tokenizer.fingerprint:
             raise DataError(f"held-out shard {shard.path}: prepared with another tokenizer; prepare it again")
         if shard.has_image.any() and shard.image_size != image_size:
@@ -101,6 +103,8 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
             labels.append(line)
             patients.append(str(shard.patient[row]))
             is_train.append(shard.split[int(row)] == "train")
+            views.append(shard.view[int(row)])
+            sites.append(f"shard {number}")  # in the order given: a folder's name may say more than may leave
     stacked = np.stack(images) if images else None
     return HeldOut(
         images=stacked,
@@ -111,6 +115,7 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
         is_probe_train=np.array(is_train),
         mean_image=_mean_image(stacked, image_row, is_train),
         image_row=np.array(image_row),
+        groups={"view": np.array(views), "site": np.array(sites)},
     )
 
 

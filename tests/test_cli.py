@@ -85,6 +85,7 @@ def test_the_commands_of_the_design_are_there() -> None:
         ("shard", "check"),
         ("shard", "preview"),
         ("evaluate",),
+        ("audit",),
         ("report",),
         ("compare",),
         ("bench",),
@@ -484,6 +485,25 @@ def test_a_model_is_resampled_to_a_shard_of_another_size_if_asked(model: Path, r
     assert "psnr_db" in out
     said = sentence(run("evaluate", model, "--data", "shard", "--image-size", 50))
     assert "image size 50 must be twice the model's patch of 12 pixels, or a larger multiple of it" in said
+
+
+# ---- audit
+
+
+def test_a_model_is_audited_on_a_tiny_shard(model: Path, run: Run, tmp_path: Path) -> None:
+    folder = table(tmp_path / "data", 240, 0)
+    assert run("prepare", "table", folder, "--out", "shard", "--size", "48", "--workers", 1)[0] == 0
+    both = ("--members", "shard", "--non-members", "shard", "--draws", 1)
+    code, out, err = run("audit", model, *both, "--reference", model, "--out", "found")
+    assert code == 0, err
+    assert "Whole patients" in out
+    found = json.loads((tmp_path / "found/leakage.json").read_text())
+    assert found["membership"]["patient"]["auc"] == 0.5, "a model is no better than itself"
+    assert "What this model gives away" in (tmp_path / "found/leakage.html").read_text()
+    assert "/proc/found" in sentence(run("audit", model, *both, "--out", "/proc/found"))
+    shutil.copytree(next((tmp_path / "phantoms").iterdir()), tmp_path / "trained")
+    said = sentence(run("audit", model, "--members", "trained", "--non-members", "trained"))
+    assert said.startswith("there are no non-members")
 
 
 # ---- whole runs

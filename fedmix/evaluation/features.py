@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedmix.errors import ConfigError, DataError, FedmixError
 
+Kept = TypeVar("Kept")
 Report = dict[str, Any]  # a branch of report.json: only dicts, lists, strings, numbers and None
 Prompts = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]  # label -> (positive sentences, negative sentences)
 
@@ -95,6 +96,7 @@ class HeldOut:
     train a probe; the others are the test studies and share no patient with them.
     ``mean_image``: float [S, S] in 0..1, a public mean image (for instance of the probe-train studies), the baseline of
     regeneration; needed where there are images.
+    ``groups``: what subgroups are told apart by, such as "view", each with a name [N] for every study, "" where not known.
     """
 
     images: NDArray[np.uint8] | None
@@ -105,6 +107,7 @@ class HeldOut:
     is_probe_train: NDArray[np.bool_]
     mean_image: NDArray[Any] | None = None
     image_row: NDArray[np.int64] | None = None
+    groups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check once, where data enters; store labels as int8 and the image rows explicitly."""
@@ -121,6 +124,7 @@ class HeldOut:
 
     def _check_lengths(self) -> None:
         parts = {"words": self.words, "labels": self.labels, "is_probe_train": self.is_probe_train, "image_row": self.image_row}
+        parts |= {f"groups by {name}": part for name, part in self.groups.items()}
         for name, part in parts.items():
             if part is not None and len(part) != len(self):
                 raise DataError(f"held-out {name} has {len(part)} rows, expected one for each of the {len(self)} studies")
@@ -191,6 +195,7 @@ class HeldOut:
             is_probe_train=self.is_probe_train[studies],
             mean_image=self.mean_image,
             image_row=self.image_row[studies],
+            groups={name: part[studies] for name, part in self.groups.items()},
         )
 
 
@@ -278,6 +283,17 @@ class EvaluationContext:
         for wanted, present in ((image, held_out.has_image), (text, held_out.has_text), (label, held_out.has_label)):
             chosen = chosen & present if wanted else chosen
         return np.flatnonzero(chosen)
+
+    def once(self, name: str, compute: Callable[[], Kept]) -> Kept:
+        """What ``compute`` gives, computed by the first task that asks for it under this name."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        kept: Kept = self._kept[name]
+        return kept
+
+    @cached_property
+    def _kept(self) -> dict[str, Any]:
+        return {}
 
     @cached_property
     def _test_images(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

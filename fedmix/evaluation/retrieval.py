@@ -6,7 +6,8 @@ word for word costs what a coin toss costs.
 
 Reports recur ("no acute disease"): another patient's identical report is no error of the model. So beside exact pairs
 there is ``label_precision@10``, the share of the first ten that carry the same labels as the query (the pair itself
-counts), and the number of different texts.
+counts), ``duplicate_aware`` recall, for which any report of the same words counts as the pair's own, and the number of
+different texts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import hypergeom
 
 from fedmix.evaluation import metrics
 from fedmix.evaluation.features import EvaluationContext, Findings, Report, encode_texts, random_for
@@ -30,12 +32,14 @@ class Gallery:
     """Paired studies of one gallery: unit-norm embeddings [G, E] of both sides, patients, and label sets [G] as numbers.
 
     Equal numbers mean equal labels; UNKNOWN_SET marks a study with an unknown label; None: there are no labels.
+    ``text_set`` [G]: equal numbers mean reports of the same words; None: that is not known.
     """
 
     image: NDArray[np.floating]
     text: NDArray[np.floating]
     patient: NDArray[Any]
     label_set: NDArray[np.int64] | None
+    text_set: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,21 @@ def expected_hits(scores: NDArray[np.floating], depth: int) -> NDArray[np.float6
     num_above = (scores > own + SAME_SCORE).sum(axis=1)
     num_tied = (np.abs(scores - own) <= SAME_SCORE).sum(axis=1)  # with candidate i itself, so never 0
     hits: NDArray[np.float64] = np.clip((depth - num_above) / num_tied, 0.0, 1.0)
+    return hits
+
+
+def expected_hits_of_set(scores: NDArray[np.floating], members: NDArray[np.int64], depth: int) -> NDArray[np.float64]:
+    """Chance [G] that query i finds any candidate of its own set among the first ``depth``, equal scores in random order.
+
+    ``members`` [G]: equal numbers are one set, of which candidate i itself is one.
+    """
+    is_own = members[:, None] == members
+    best = np.where(is_own, scores, -np.inf).max(axis=1, keepdims=True)
+    num_above = (scores > best + SAME_SCORE).sum(axis=1)
+    is_tied = np.abs(scores - best) <= SAME_SCORE
+    num_tied, num_right = is_tied.sum(axis=1), (is_tied & is_own).sum(axis=1)
+    places = np.clip(depth - num_above, 0, num_tied)
+    hits: NDArray[np.float64] = 1 - hypergeom.pmf(0, num_tied, num_right, places)
     return hits
 
 
@@ -114,9 +133,23 @@ def _direction(scores: list[NDArray[np.float64]], galleries: list[Gallery], num_
     report |= metrics.interval(metrics.resampled_mean(hits[10], weights), "r@10_ci95")
     report |= {"gallery": size, "num_galleries": len(scores), "num_queries": len(patient)}
     chance: Report = {f"r@{depth}": min(1.0, depth / size) for depth in DEPTHS}
+    report |= _duplicate_aware(scores, galleries)
     precision, precision_by_chance = label_precision(scores, galleries)
     report |= precision
     return report | {"chance": chance | precision_by_chance}
+
+
+def _duplicate_aware(scores: list[NDArray[np.float64]], galleries: list[Gallery]) -> Report:
+    """Recall where any report of the same words counts; nothing where reports are not compared."""
+    report: Report = {}
+    for depth in DEPTHS:
+        parts = [
+            expected_hits_of_set(part, gallery.text_set, depth)
+            for part, gallery in zip(scores, galleries, strict=True)
+            if gallery.text_set is not None
+        ]
+        report |= {f"r@{depth}": float(np.concatenate(parts).mean())} if parts else {}
+    return {"duplicate_aware": report} if report else {}
 
 
 def label_precision(scores: list[NDArray[np.float64]], galleries: list[Gallery]) -> tuple[Report, Report]:
@@ -147,9 +180,12 @@ def galleries_of(context: EvaluationContext) -> tuple[list[Gallery], list[NDArra
     image = context.image_embeddings(studies)
     text = encode_texts(context.encoder, held_out.words_of(studies), batch_size=settings.batch_size)
     sets = None if held_out.labels is None else label_sets(held_out.labels_of(studies))
+    _, texts = np.unique([ids.tobytes() for ids in held_out.words_of(studies)], return_inverse=True)
     parts = split_galleries(len(studies), settings.gallery, settings.seed)
     patient = held_out.patient[studies]
-    galleries = [Gallery(image[rows], text[rows], patient[rows], None if sets is None else sets[rows]) for rows in parts]
+    galleries = [
+        Gallery(image[rows], text[rows], patient[rows], None if sets is None else sets[rows], texts[rows]) for rows in parts
+    ]
     return galleries, [studies[rows] for rows in parts]
 
 

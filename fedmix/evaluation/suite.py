@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from fedmix.data.phantom import PROMPTS
-from fedmix.evaluation import classification, language, regeneration, reranking, retrieval
+from fedmix.evaluation import (
+    calibration,
+    classification,
+    label_shares,
+    language,
+    regeneration,
+    reranking,
+    retrieval,
+    subgroups,
+)
 from fedmix.evaluation.features import (
     Encoder,
     EvaluationContext,
@@ -37,6 +46,9 @@ RERANKED = "retrieval/reranked"  # run only where it is asked for: it reads thou
 TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/linear_probe": classification.evaluate_linear_probe,
     "classification/few_label_probe": classification.evaluate_few_label_probe,
+    "classification/label_shares": label_shares.evaluate_label_shares,
+    "classification/subgroups": subgroups.evaluate_subgroups,
+    "classification/calibration": calibration.evaluate_calibration,
     "classification/raw_pixels": classification.evaluate_raw_pixels,
     "classification/few_label_raw_pixels": classification.evaluate_few_label_raw_pixels,
     "classification/zero_shot": classification.evaluate_zero_shot,

@@ -19,6 +19,7 @@ from fedmix.report.forest import forest
 from fedmix.report.history import History, read_history
 from fedmix.report.measures import Grid
 from fedmix.report.pages import environment
+from fedmix.report.readings import Readings, readings
 from fedmix.report.study import Study
 from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json, write_text
 
@@ -73,6 +74,7 @@ class Page:
     losses: Section
     central: Section
     findings: Section
+    readings: Readings
     reranking: tuple[str, ...]
     examples: Examples | None
     examples_absence: str
@@ -151,6 +153,7 @@ def read_page(run_dir: Path) -> Page:
         losses=_losses(history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})),
         central=_central(history),
         findings=_findings(report),
+        readings=readings(report.evaluation.classification if report else None),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
         examples=examples,
         examples_absence=examples_absence,

@@ -81,10 +81,37 @@ class Classifier(Block):
     num_test: Count | None = None
 
 
+class ShareOfLabels(Classifier):
+    """The probe with a share of the labels: the mean over ``draws``, each of other studies."""
+
+    draws: tuple[Fraction, ...] = ()
+
+
+class Subgroup(Classifier):
+    """The probe on some of the test studies, and how far it is above (or below) the rest of them."""
+
+    difference: float | None = None
+    difference_ci95: Interval | None = None
+    num_patients: Count | None = None
+
+
+class Calibration(Block):
+    """Whether the probe's probabilities can be taken at their word, beside what calibrated ones and prevalence would give."""
+
+    ece: Fraction | None = None
+    ece_if_calibrated: Interval | None = None
+    brier: Fraction | None = None
+    brier_ci95: Interval | None = None
+    brier_of_prevalence: Fraction | None = None
+
+
 class Classification(Open):
     """Readings of the same features, and the probe on plain pixels that they have to beat."""
 
     linear_probe: Classifier | None = None
+    label_shares: dict[str, ShareOfLabels] = {}
+    subgroups: dict[str, dict[str, Subgroup]] = {}
+    calibration: Calibration | None = None
     few_label_probe: Classifier | None = None
     fine_tune: Classifier | None = None
     zero_shot: Classifier | None = None
@@ -100,6 +127,7 @@ class Ranking(Block):
     recall_10_ci95: Interval | None = Field(default=None, alias="r@10_ci95")
     gallery: Count | None = None
     label_precision_10: Fraction | None = Field(default=None, alias="label_precision@10")
+    duplicate_aware: dict[str, Fraction] = {}
     chance: dict[str, Fraction | None] = {}
 
 

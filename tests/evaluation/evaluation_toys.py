@@ -139,5 +139,6 @@ def held_out(num: int = 160, **changes: object) -> HeldOut:
         "patient": np.arange(num) // 2,
         "is_probe_train": np.arange(num) < num // 2,
         "mean_image": (images.mean(axis=0) / 255).astype(np.float32),
+        "groups": {"view": np.where(np.arange(num) // 2 % 2 == 0, "AP", "PA")},
     }
     return HeldOut(**(parts | changes))

@@ -13,6 +13,7 @@ from fedmix.evaluation.retrieval import (
     Gallery,
     evaluate_retrieval,
     expected_hits,
+    expected_hits_of_set,
     expected_label_precision,
     label_sets,
     mean_recall_at_10,
@@ -56,12 +57,15 @@ def test_expected_values_are_means_over_every_order_of_the_ties(depth):
     rng = np.random.default_rng(3)
     scores = rng.integers(0, 3, (5, 5)) / 2
     label_set = np.array([0, 1, 0, 1, 1])
-    hits, precisions = [], []
+    hits, hits_of_set, precisions = [], [], []
     for order in permutations(range(5)):
         ranked = np.array(order)[np.argsort(-scores[:, list(order)], axis=1, kind="stable")][:, :depth]
         hits.append((ranked == np.arange(5)[:, None]).any(axis=1))
-        precisions.append((label_set[ranked] == label_set[:, None]).mean(axis=1))
+        is_same = label_set[ranked] == label_set[:, None]
+        hits_of_set.append(is_same.any(axis=1))
+        precisions.append(is_same.mean(axis=1))
     np.testing.assert_allclose(expected_hits(scores, depth), np.mean(hits, axis=0))
+    np.testing.assert_allclose(expected_hits_of_set(scores, label_set, depth), np.mean(hits_of_set, axis=0))
     np.testing.assert_allclose(expected_label_precision(scores, label_set, depth), np.mean(precisions, axis=0))
 
 
@@ -173,3 +177,21 @@ def test_examples_show_the_best_three_and_which_is_right():
 def test_the_learning_curve_number_is_the_mean_of_both_ways():
     context = EvaluationContext(ConstantEncoder(), held_out(), ToyVocabulary(), {}, EvaluationSettings())
     assert mean_recall_at_10(context) == pytest.approx(10 / 80)
+
+
+def test_another_patients_report_of_the_same_words_counts_where_recall_is_aware_of_duplicates():
+    words = write(codes(160))
+    words[100:104] = [words[100]] * 4
+    image = draw(codes(160))
+    image[100:104] = image[100]
+    report = evaluate(OracleEncoder(), words=words, images=image).values["image_to_text"]
+    assert report["r@1"] == pytest.approx((76 + 4 / 4) / 80)  # a coin toss among four
+    assert report["duplicate_aware"] == {"r@1": 1.0, "r@5": 1.0, "r@10": 1.0}
+
+
+def test_without_duplicates_both_recalls_are_the_same_and_without_words_only_one_is_given():
+    image, text = noisy_pairs()
+    aware = Gallery(image, text, np.arange(60), None, np.arange(60))
+    report = retrieve([aware])["text_to_image"]
+    assert report["duplicate_aware"] == pytest.approx({name: report[name] for name in ("r@1", "r@5", "r@10")})
+    assert "duplicate_aware" not in retrieve([gallery(image, text)])["text_to_image"]

@@ -102,6 +102,9 @@ def test_examples_hold_the_pictures_of_the_report(oracle):
             {
                 "classification/linear_probe",
                 "classification/few_label_probe",
+                "classification/label_shares",
+                "classification/subgroups",
+                "classification/calibration",
                 "classification/raw_pixels",
                 "classification/few_label_raw_pixels",
                 "classification/zero_shot",

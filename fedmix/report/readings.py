@@ -1,0 +1,105 @@
+"""What the report shows of the linear probe beyond its headline: shares of the labels, subgroups, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedmix.report import charts, quantities
+from fedmix.report.measures import LINEAR_PROBE, MEASURES
+from fedmix.report.summary import Calibration, Classification, Classifier, ShareOfLabels
+
+AUROC = MEASURES[LINEAR_PROBE]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Panels, and sentences for what has no picture."""
+
+    panels: tuple[charts.IntervalPanel, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def readings(found: Classification | None) -> Readings:
+    """Everything there is to show; empty for a run of before these were measured."""
+    if found is None:
+        return Readings()
+    whole = found.linear_probe.macro_auroc if found.linear_probe else None
+    shares = {_share_name(name, block): block for name, block in found.label_shares.items()}
+    panels: list[charts.IntervalPanel] = []
+    notes: list[str] = []
+    groups = {f"by {kind}": _sized(blocks) for kind, blocks in found.subgroups.items()}
+    for title, blocks in ({"by share of the labels": shares} | groups).items():
+        panels += _panel(f"Linear probe AUROC {title}", blocks, whole)
+        notes += _missing(title, blocks)
+    return Readings(tuple(panels), (*notes, *_behind(found), *_calibration(found.calibration)))
+
+
+def _share_name(name: str, block: ShareOfLabels) -> str:
+    share = name.removesuffix("_percent") + " %"
+    return share if block.num_train is None else f"{share} ({block.num_train:,})"
+
+
+def _sized(blocks: Mapping[str, Classifier]) -> dict[str, Classifier]:
+    return {name if block.num_test is None else f"{name} ({block.num_test:,})": block for name, block in blocks.items()}
+
+
+def _panel(title: str, blocks: Mapping[str, Classifier], whole: float | None) -> Iterator[charts.IntervalPanel]:
+    """One panel, if there is a number to draw; the line is at the probe on everybody."""
+    rows = [
+        charts.IntervalRow(name, "main", block.macro_auroc, block.ci95, _draws(block))
+        for name, block in blocks.items()
+        if block.macro_auroc is not None
+    ]
+    if not rows:
+        return
+    values = [value for row in rows for value in (row.mean, *(row.interval or ()), *row.values)]
+    levels = charts.ticks(min(values), max(values))
+    panel = charts.interval_panel(title, rows, levels, AUROC)
+    across = charts.Scale(levels[0], levels[-1], charts.BAR_LEFT, charts.WIDTH - charts.INTERVAL_RIGHT)
+    told = "; ".join(f"{row.name} {AUROC.show(row.mean)}" for row in rows)
+    line = panel.line if whole is None else min(max(across(whole), across.start), across.stop)
+    yield replace(panel, line=line, description=f"{title}, mean over findings: {told}")
+
+
+def _draws(block: Classifier) -> tuple[float, ...]:
+    return block.draws if isinstance(block, ShareOfLabels) else ()
+
+
+def _missing(title: str, blocks: Mapping[str, Classifier]) -> Iterator[str]:
+    absent = [f"{name}: {block.reason_for('macro_auroc')}" for name, block in blocks.items() if block.macro_auroc is None]
+    if absent:
+        yield f"Not shown {title}: {'; '.join(absent)}."
+
+
+def _behind(found: Classification) -> Iterator[str]:
+    """Groups whose interval of the difference from all others lies below zero."""
+    behind = [
+        f"{name} ({_signed(block.difference)}, {_signed(block.difference_ci95[0])} to {_signed(block.difference_ci95[1])})"
+        for blocks in found.subgroups.values()
+        for name, block in blocks.items()
+        if block.difference is not None and block.difference_ci95 is not None and block.difference_ci95[1] < 0
+    ]
+    if behind:
+        yield f"Served less well than all other test patients, in AUROC: {quantities.listing(behind)}."
+
+
+def _calibration(found: Calibration | None) -> Sequence[str]:
+    if found is None or found.ece is None or found.brier is None:
+        return ()
+    range_of = found.ece_if_calibrated
+    calibrated = ""
+    if range_of is not None:
+        low, high = map(quantities.decimal, range_of)
+        calibrated = f"; calibrated probabilities on as many studies would give {low} to {high}"
+    guess = ""
+    if found.brier_of_prevalence is not None:
+        guess = f"; always saying how frequent a finding is gives {quantities.decimal(found.brier_of_prevalence)}"
+    return (
+        f"Calibration: expected error {quantities.decimal(found.ece)}{calibrated}. "
+        f"Brier score {quantities.decimal(found.brier)}{guess}.",
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,161 @@
+"""The audit's page: every number is explained, missing data is said, nothing on it is markup from outside."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from fedmix.errors import RunError
+from fedmix.report.leakage import page_of, rows, write_leakage
+
+SIZES = {"num_members": 1480, "num_non_members": 1502, "num_member_patients": 1200, "num_non_member_patients": 1200}
+
+
+def block(auc: float, half: float = 0.02, **changes: Any) -> dict[str, Any]:
+    return {
+        "auc": auc,
+        "auc_ci95": [auc - half, auc + half],
+        "tpr@fpr_0.01": 0.031,
+        "tpr@fpr_0.01_ci95": [0.011, 0.052],
+        "tpr@fpr_0.001": None,
+        "tpr@fpr_0.001_reason": "not enough data: 900 non-members, a false positive rate of 0.001 needs 1000",
+    } | (SIZES | changes)
+
+
+def found(**changes: Any) -> dict[str, Any]:
+    """An audit with made-up numbers: pairs are remembered, the rest is not."""
+    side = {"studies": 1480, "patients": 1200, "images": 1480, "reports": 1480, "pairs": 1480}
+    values: dict[str, Any] = {
+        "schema": 1,
+        "has_reference": True,
+        "subjects": {"members": side, "non_members": side, "are_alike": True, "num_shared_patients_left_out": 0},
+        "membership": {
+            "text": block(0.504) | {"control": block(0.5)},
+            "image": block(0.61) | {"control": block(0.62)},
+            "pair": block(0.71) | {"control": block(0.497)},
+            "patient": block(0.68) | {"control": block(0.51)},
+        },
+        "relinkage": {
+            "difference_r@1": 0.061, "difference_r@1_ci95": [0.026, 0.099], "members_r@1": 0.242, "non_members_r@1": 0.181,
+            "members_r@1_ci95": [0.21, 0.27], "non_members_r@1_ci95": [0.15, 0.21], "num_members": 1200,
+            "num_non_members": 1200, "gallery": 200, "chance": 0.005,
+        },
+        "epsilon": {
+            "lower_bound": 0.42, "largest_possible": 4.9, "delta": 1e-5, "confidence": 0.95, "true_positives": 88,
+            "num_members": 600, "false_positives": 31, "num_non_members": 600,
+        },
+    }  # fmt: skip
+    return values | changes
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def words(path: Path) -> str:
+    tags = Tags()
+    tags.feed(path.read_text(encoding="utf-8"))
+    return " ".join(" ".join(tags.text).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+def test_the_page_says_what_was_tried_found_and_meant_with_sample_sizes(tmp_path: Path) -> None:
+    text = words(write_leakage(tmp_path / "leakage.html", found()))
+    for sentence in (
+        "of 5 attacks, better than guessing were whole patients (68 % right); image with report (71 % right); re-linkage (+6.1",
+        "not enough data",
+        "1,480 members, 1,502 non-members (studies)",
+        "More often for training pairs: the model has learnt some of them by heart.",
+        "An accounted epsilon below 0.42 would be contradicted by this attack.",
+        "88 of 600 members and 31 of 600 non-members accused",
+        "None were planted before training.",
+    ):
+        assert sentence in text
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_else_and_its_charts_are_described(tmp_path: Path) -> None:
+    source = write_leakage(tmp_path / "leakage.html", found()).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(source)
+    assert not re.search(r"https?://|@import|url\(", source)
+    assert not tags.names & {"script", "link", "img", "iframe"}
+    drawings = [ElementTree.fromstring(drawing) for drawing in re.findall(r"<svg.*?</svg>", source, re.DOTALL)]
+    assert len(drawings) == 3
+    assert "the line at 0.5 is guessing" in drawings[0].get("aria-label", "")
+    assert "seeds" not in "".join(drawing.get("aria-label", "") for drawing in drawings)
+
+
+def test_a_control_that_tells_the_groups_apart_takes_the_finding_back() -> None:
+    by_title = {finding.title: finding for finding in page_of(found()).findings}
+    assert "not all memory" in by_title["Images"].meaning[-1]
+    assert "Better than guessing" in by_title["Image with report"].meaning[0]
+    assert len(by_title["Image with report"].meaning) == 1
+    assert "up to 0.52 is not excluded" in by_title["Reports"].meaning[0]
+
+
+def test_pairs_that_are_easier_for_a_model_that_saw_none_are_no_memory() -> None:
+    values = found()
+    values["relinkage"]["control"] = {"difference_r@1": 0.05, "difference_r@1_ci95": [0.02, 0.08]}
+    page = page_of(values)
+    assert "re-linkage" not in page.verdict[0]
+    assert "finds these more often too" in next(one for one in page.findings if one.title == "Re-linkage").meaning[0]
+    values["relinkage"]["control"] = {"difference_r@1": 0.0, "difference_r@1_ci95": [-0.01, 0.01]}
+    assert "re-linkage" in page_of(values).verdict[0]
+
+
+def test_what_could_not_be_measured_is_said_and_draws_nothing(tmp_path: Path) -> None:
+    reason = "not enough data: 7 patients on the smaller side, at least 20 are needed"
+    nothing = {"auc": None, "auc_ci95": None, "tpr@fpr_0.01": None, "tpr@fpr_0.001": None, "reason": reason} | SIZES
+    empty = found(
+        membership={"text": nothing, "patient": nothing},
+        relinkage={"difference_r@1": None, "difference_r@1_ci95": None, "reason": reason},
+        epsilon={"lower_bound": None, "reason": reason, "delta": 1e-5, "confidence": 0.95},
+    )
+    page = page_of(empty)
+    assert page.panels == ()
+    assert page.verdict[0].startswith("There is not enough data: 7 patients")
+    assert all("7 patients" in finding.meaning[0] for finding in page.findings)
+    assert len(rows(empty)) == 4
+    assert "Not enough data for any picture." in words(write_leakage(tmp_path / "leakage.html", empty))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"has_reference": False}, "No reference model was given"),
+        ({"subjects": found()["subjects"] | {"are_alike": False}}, "come from different shards"),
+        ({"subjects": found()["subjects"] | {"num_shared_patients_left_out": 3}}, "3 patients of the non-members"),
+    ],
+)
+def test_what_weakens_the_audit_stands_at_the_top(change: dict[str, Any], said: str) -> None:
+    assert page_of(found()).warnings == ()
+    assert said in page_of(found(**change)).warnings[0]
+
+
+def test_an_attack_at_chance_is_no_proof_of_safety() -> None:
+    values = copy.deepcopy(found())
+    for kind in ("patient", "pair"):
+        values["membership"][kind] = block(0.505)
+    values["relinkage"]["difference_r@1_ci95"] = [-0.01, 0.1]
+    verdict = page_of(values).verdict
+    assert "none could tell better than guessing who was in the training" in verdict[0]
+    assert "no proof of safety" in verdict[1]
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="audit the model again"):
+        write_leakage(tmp_path / "leakage.html", found(schema=2))
