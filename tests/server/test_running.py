@@ -50,6 +50,9 @@ def test_a_plan_that_was_changed_is_of_another_coordinator_or_of_other_code_is_n
     plans.write(made.plan.model_copy(update={"valid_until": datetime.date(2020, 1, 1)}), tmp_path / "old.yaml")
     with pytest.raises(ConfigError, match="valid until 2020-01-01"):
         planning.read_plan(home, tmp_path / "old.yaml")
+    monkeypatch.setattr(plans, "lock_hash", lambda: "0" * 64)
+    with pytest.raises(ConfigError, match="libraries installed here have changed"):
+        planning.read_plan(home, path)
     monkeypatch.setattr(plans, "code_hash", lambda: "0" * 64)
     with pytest.raises(ConfigError, match="another version of fedmix"):
         planning.read_plan(home, path)
