@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,10 +21,14 @@ from fedmix.deployment.supervisor import Program, Supervisor
 from fedmix.errors import RunError
 
 SUPERNODE, EXECUTOR = "supernode", "executor"
-LOG_TAIL_BYTES = 8192
+LISTEN_S = 1.0
 
-# What Flower's log says when a SuperNode ends, and what that means for the person who reads this.
-CAUSES = {
+# What a SuperNode's log says, and what that means for the person who watches.
+MEANINGS = {
+    "SuperNode ID:": "connected to the coordinator",
+    "Connection attempt failed": "the coordinator does not answer; trying again",
+    "Received successfully": "a message arrived; working on it",
+    "Sent successfully": "answered",
     "Invalid SuperNode authentication": (
         "the coordinator does not take this site's signature: this machine's clock may be wrong, see `fedmix site doctor`"
     ),
@@ -44,17 +49,11 @@ def run(home: Home, say: Callable[[str], None]) -> None:
     """
     home.policy()  # what it would refuse at every message it refuses now
     with _alone(home):
-        programs = programs_of(home)
-        ledger = home.ledger()
+        programs, ledger = programs_of(home), home.ledger()
         ledger.append("started")
-
-        def on_event(name: str, what: str) -> None:
-            say(f"{name}: {what}")
-            if name == SUPERNODE and "starts again" in what and (why := cause_of(home.logs / f"{SUPERNODE}.log")):
-                say(f"{SUPERNODE}: {why}")
-
         say(f"dialling {home.settings().coordinator} as {home.settings().name}; logs are in {home.logs}")
-        Supervisor(programs, on_event=on_event).run()
+        with _listening(programs[0].log, lambda what: say(f"{SUPERNODE}: {what}")):
+            Supervisor(programs, on_event=lambda name, what: say(f"{name}: {what}")).run()
         ledger.append("stopped")
 
 
@@ -80,16 +79,37 @@ def programs_of(home: Home) -> list[Program]:
     ]
 
 
-def cause_of(log: Path) -> str | None:
-    """Why a SuperNode ended, in words, by the end of its log; none if it says nothing that is known."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            tail = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    found = {tail.rfind(said): why for said, why in CAUSES.items() if said in tail}
+def meaning_of(text: str) -> str | None:
+    """What the newest line that is known in a piece of a SuperNode's log means; none if none is known."""
+    found = {text.rfind(said): meaning for said, meaning in MEANINGS.items() if said in text}
     return found[max(found)] if found else None
+
+
+@contextlib.contextmanager
+def _listening(log: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Tell in words what is new in a log, for as long as this lasts."""
+    is_over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(log, say, is_over), daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        listener.join()
+
+
+def _listen(log: Path, say: Callable[[str], None], is_over: threading.Event) -> None:
+    place, last = (log.stat().st_size if log.exists() else 0), None
+    while not is_over.wait(LISTEN_S):
+        with contextlib.suppress(OSError), log.open("rb") as file:
+            if log.stat().st_size < place:
+                place = 0  # the supervisor has put the old log aside
+            file.seek(place)
+            text = file.read().decode(errors="replace")
+            place = file.tell()
+            if (meaning := meaning_of(text)) not in (None, last):
+                say(str(meaning))
+                last = meaning
 
 
 def is_running(home: Home) -> bool:

@@ -41,7 +41,7 @@ class InstalledExecutor(SubprocessExecutor):
         """Start the ClientApp's process; it is told its token where no process list shows it."""
         if spec.task_type is not TaskType.CLIENT_APP or not spec.insecure:
             return LaunchResult.failed("only the ClientApp is started here, over the loopback interface")
-        command = [*program("clientapp"), "--insecure", "--runtime-api-address", spec.runtime_api_address, "--token-stdin"]
+        command = [*program("clientapp"), "--insecure", "--runtime-api-address", spec.runtime_api_address]
         child = subprocess.Popen([*command, "--parent-pid", str(spec.parent_pid)], stdin=subprocess.PIPE)
         assert child.stdin is not None
         with child.stdin:
@@ -63,6 +63,7 @@ def execute() -> None:
 
 def answer() -> None:
     """Answer one message with the installed ClientApp, or refuse it if it came with another bundle than fedmix's own."""
+    sys.argv += ["--token", sys.stdin.readline().strip()]  # the process list shows what a program was started with, not this
     flow = importlib.import_module("flwr.supernode.runtime.run_clientapp")
     arrived: list[bytes] = []
     _replace(flow, "install_from_fab", lambda content, **options: arrived.append(content))

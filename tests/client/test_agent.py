@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from little import waited_until
 
 from client import agent, home, runner
 from client.home import Home, Settings
@@ -49,13 +50,20 @@ def test_one_home_has_one_agent(made: Home) -> None:
             agent.run(made, print)
 
 
-def test_the_last_cause_in_the_log_is_told_in_words(tmp_path: Path) -> None:
-    log = tmp_path / "supernode.log"
-    assert agent.cause_of(log) is None
-    log.write_text("x" * 20_000 + "[Errno 111] Connection refused\nFailed to activate SuperNode.\n")
-    assert "send it key.pub" in str(agent.cause_of(log))
-    log.write_text("all is well\n")
-    assert agent.cause_of(log) is None
+def test_what_is_new_in_the_log_is_told_in_words_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, told = tmp_path / "supernode.log", list[str]()
+    monkeypatch.setattr(agent, "LISTEN_S", 0.01)
+    log.write_text("SuperNode ID: 1\n")  # of an earlier life
+    with agent._listening(log, told.append):
+        for text, number in (("Connection refused\nFailed to activate SuperNode.\n", 1), ("SuperNode ID: 2\n", 2)):
+            with log.open("a") as file:
+                file.write(text)
+            waited_until(lambda number=number: len(told) == number)
+        log.write_text("Sent successfully\n")  # the old one was put aside
+        waited_until(lambda: len(told) == 3)
+    assert "send it key.pub" in told[0]
+    assert told[1:] == ["connected to the coordinator", "answered"]
+    assert agent.meaning_of("all is well\n") is None
 
 
 def test_the_programs_are_found_whatever_the_working_folder_holds() -> None:
