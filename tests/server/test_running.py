@@ -93,7 +93,7 @@ def test_rows_are_shown_once_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> 
 
 def test_a_runs_end_is_told_in_its_own_words_if_it_had_any(tmp_path: Path) -> None:
     ended = FlowerRun(1, "little", "finished:failed", "round 1 failed")
-    assert running._cause(tmp_path, ended) == "round 1 failed"
+    assert running._cause(tmp_path, ended) == "round 1 failed; go on with --resume"
     assert running._cause(tmp_path, FlowerRun(1, "little", "finished:stopped", "")) == deploy.STOPPED
     assert running._cause(tmp_path, FlowerRun(1, "little", "finished:failed", "")) == running.DIED
     (tmp_path / "manifest.json").write_text(json.dumps({"state": "failed", "cause": "site north: policy"}))
