@@ -43,6 +43,8 @@ def read_plan(home: Home, path: Path) -> Agreed:
         raise ConfigError(f"the plan was valid until {plan.valid_until}; make a new one, which the sites approve anew")
     if plan.code != plans.code_hash():
         raise ConfigError("the plan was made with another version of fedmix; make a new one for the sites to approve")
+    if plan.lock != plans.lock_hash():
+        raise ConfigError("the libraries installed here have changed since the plan was made; make a new one to approve")
     if not _experiment_file(home, digest).exists():
         raise ConfigError(f"the plan was not made in {home.folder}, or was changed since; run what `server plan` wrote")
     experiment = config.load(_experiment_file(home, digest))

@@ -100,6 +100,7 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
     A ServerApp that died is not waited for: Flower would notice after minutes, its lock on the run folder tells at once.
     """
     events, asked, answered, was_held, free_since = _Tail(folder / EVENTS), 0.0, time.monotonic(), False, 0.0
+    is_away = False  # the SuperLink
     while True:
         for row in events.rows():
             view.update(row)
@@ -113,15 +114,17 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
                     if not found.is_over and was_held and now - free_since > DEAD_S:
                         control.stop(number)
                         return FlowerRun(number, found.name, "finished:failed", DIED)
-                answered = now
+                answered, is_away = now, False
                 if found.is_over and not holds:
                     for row in events.rows():
                         view.update(row)
                     return found
             except RunError as error:
-                if answered == now or now - answered > PATIENCE_S:
+                if now - answered > PATIENCE_S:
                     raise
-                view.say(f"{error} Waiting for it.")
+                if not is_away:
+                    view.say(f"{error} Waiting for it.")
+                is_away = True
         time.sleep(POLL_S)
 
 
@@ -181,4 +184,4 @@ def _cause(folder: Path, ended: FlowerRun) -> str:
             return str(manifest["cause"])
     if ended.status == "finished:stopped":
         return deploy.STOPPED
-    return ended.details or DIED
+    return f"{ended.details}; go on with --resume" if ended.details else DIED

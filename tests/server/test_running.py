@@ -50,6 +50,9 @@ def test_a_plan_that_was_changed_is_of_another_coordinator_or_of_other_code_is_n
     plans.write(made.plan.model_copy(update={"valid_until": datetime.date(2020, 1, 1)}), tmp_path / "old.yaml")
     with pytest.raises(ConfigError, match="valid until 2020-01-01"):
         planning.read_plan(home, tmp_path / "old.yaml")
+    monkeypatch.setattr(plans, "lock_hash", lambda: "0" * 64)
+    with pytest.raises(ConfigError, match="libraries installed here have changed"):
+        planning.read_plan(home, path)
     monkeypatch.setattr(plans, "code_hash", lambda: "0" * 64)
     with pytest.raises(ConfigError, match="another version of fedmix"):
         planning.read_plan(home, path)
@@ -90,7 +93,7 @@ def test_rows_are_shown_once_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> 
 
 def test_a_runs_end_is_told_in_its_own_words_if_it_had_any(tmp_path: Path) -> None:
     ended = FlowerRun(1, "little", "finished:failed", "round 1 failed")
-    assert running._cause(tmp_path, ended) == "round 1 failed"
+    assert running._cause(tmp_path, ended) == "round 1 failed; go on with --resume"
     assert running._cause(tmp_path, FlowerRun(1, "little", "finished:stopped", "")) == deploy.STOPPED
     assert running._cause(tmp_path, FlowerRun(1, "little", "finished:failed", "")) == running.DIED
     (tmp_path / "manifest.json").write_text(json.dumps({"state": "failed", "cause": "site north: policy"}))
