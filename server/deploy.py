@@ -21,14 +21,11 @@ from fedmix.errors import FedmixError, RunError
 from server import held_out as central
 from server.app import build_app
 from server.books import Books
+from server.home import EVENTS, LEDGER, PLAN, RUNS
 from server.link import LinkGrid
 from server.rounds import Watch
 from server.store import RunStore
 
-RUNS = "FEDMIX_RUNS"  # the environment variable of flower-superexec that names the folder of run folders
-LEDGER = "FEDMIX_LEDGER"  # the one that names the coordinator's ledger
-PLAN = "plan.yaml"  # in the run folder of a run over real sites: the plan that they approved
-EVENTS = "events.jsonl"  # in the run folder: rows as they come, for whoever watches
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # it comes over the Control API, so it never leads out of RUNS
 
 STOPPED = "it was stopped; go on with --resume"

@@ -23,8 +23,16 @@ from fedmix.disk import reason_of
 from fedmix.errors import ConfigError
 
 SITE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as in data.sites
-HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?|::1")
+HOST = r"^([A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?|::1)$"
 MAX_KEY_BYTES = 4096
+
+# Environment variables of flower-superexec, for the ServerApps that it starts:
+RUNS = "FEDMIX_RUNS"  # the folder of run folders
+LEDGER = "FEDMIX_LEDGER"  # the coordinator's ledger
+
+# Files of a run folder beside those that a simulation has:
+PLAN = "plan.yaml"  # the plan that its sites approved
+EVENTS = "events.jsonl"  # rows as they come, for whoever watches
 
 
 class Settings(BaseModel):
@@ -35,7 +43,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field(pattern=HOST.pattern)
+    host: str = Field(pattern=HOST)
     listen: str
     port: int = Field(ge=1, le=65535)
     control_port: int = Field(ge=1, le=65535)

@@ -243,7 +243,7 @@ def _moment(receipt: Mapping[str, object], key: str) -> float:
 
 def _head(record: Mapping[str, object]) -> str:
     """The head of a site's ledger, or nothing; any other text has no business there."""
-    head = typed(record, "ledger", str) if "ledger" in record else NO_LEDGER
+    head = typed(record, "ledger", str)
     if head != NO_LEDGER and not HEAD.fullmatch(head):
         raise UpdateError("field 'ledger' of a message should be a hash of 64 digits")
     return head

@@ -7,13 +7,10 @@ only hands the run in, follows it, and evaluates the model at the end.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +18,17 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import bundle
 from fedmix.deployment import plan as plans
-from fedmix.deployment.plan import Plan
-from fedmix.errors import ConfigError, FedmixError, RunError
+from fedmix.errors import FedmixError, RunError
 from fedmix.report import html
 from server import deploy
 from server import held_out as central
 from server.app import quick_evaluation
 from server.conclusion import evaluate, write_report
 from server.control import FlowerRun, connected
-from server.home import Home
+from server.home import EVENTS, PLAN, Home
 from server.model_folder import save_model
+from server.planning import Agreed
+from server.standing import is_held
 from server.store import Committed, RunStore
 
 POLL_S = 0.5
@@ -53,45 +51,6 @@ class View(Protocol):
         """Something that is not a round."""
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """A plan of this coordinator's, its digest, and the experiment with this machine's own paths."""
-
-    plan: Plan
-    digest: str
-    experiment: config.Experiment
-
-
-def make_plan(home: Home, experiment: config.Experiment, sites: Sequence[str], *, out: Path, valid_days: int) -> Agreed:
-    """Write a plan for the sites to approve, and keep what running it needs. Raises ConfigError."""
-    plan = Plan.of(experiment, sites, coordinator=home.settings().address, valid_days=valid_days)
-    own = config.build(_with_whole_paths(plans.restrict(experiment, sites)), source="the experiment")
-    digest = plans.write(plan, out)
-    home.plans.mkdir(exist_ok=True)
-    shutil.copyfile(out, home.plans / f"{digest}.yaml")
-    _experiment_file(home, digest).write_text(own.to_yaml())
-    return Agreed(plan, digest, own)
-
-
-def read_plan(home: Home, path: Path) -> Agreed:
-    """A plan that may be run now. Raises ConfigError if it has ended, is not of this coordinator, or of other code."""
-    plan, digest = plans.read(path), plans.digest(path)
-    if not plan.is_valid_on(datetime.datetime.now(datetime.UTC).date()):
-        raise ConfigError(f"the plan was valid until {plan.valid_until}; make a new one, which the sites approve anew")
-    if plan.code != plans.code_hash():
-        raise ConfigError(
-            "the plan was made with another version of fedmix than this one; make a new one for the sites to approve"
-        )
-    if not _experiment_file(home, digest).exists():
-        raise ConfigError(
-            f"the plan was not made in {home.folder}, or was changed since; run the file that `server plan` wrote"
-        )
-    experiment = config.load(_experiment_file(home, digest))
-    if experiment.fingerprint() != plan.fingerprint:
-        raise ConfigError(f"{_experiment_file(home, digest)} is not the plan's experiment; make a new plan")
-    return Agreed(plan, digest, experiment)
-
-
 def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
     """Run, take up or follow a plan's run, evaluate the model and write the report; returns the page.
 
@@ -103,9 +62,9 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
         raise RunError(f"{', '.join(missing)} not registered; ask for key.pub, then: fedmix server register SITE --key key.pub")
     with connected(home) as control:
         active = next((one for one in control.runs() if one.name == folder.name and not one.is_over), None)
-        _prepare(folder, agreed, home, resume=resume)
+        _prepare(folder, agreed, home, resume=resume, is_active=active is not None)
         if active is None:
-            (folder / deploy.EVENTS).unlink(missing_ok=True)
+            (folder / EVENTS).unlink(missing_ok=True)
             number = control.start(bundle.write(home.flower("user") / "bundle"), folder.name)
         else:
             number = active.run_id
@@ -120,44 +79,18 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
     return _conclude(folder, agreed.experiment, ended, view)
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a run folder."""
-    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
-
-
-def _experiment_file(home: Home, digest: str) -> Path:
-    return home.plans / f"{digest}.experiment.yaml"
-
-
-def _with_whole_paths(experiment: config.Experiment) -> dict[str, Any]:
-    """The experiment's values with the coordinator's own paths from the root: the ServerApp starts in another folder."""
-    values, data = experiment.model_dump(mode="json"), experiment.data
-    values["data"]["cache"] = str(data.cache.absolute())
-    values["data"]["held_out"]["shards"] = [str(path.absolute()) for path in data.held_out.shards]
-    if experiment.model.warm_start is not None:
-        files = experiment.model.warm_start.model_dump()
-        values["model"]["warm_start"] = {role: path and str(path.absolute()) for role, path in files.items()}
-    return values
-
-
-def _prepare(folder: Path, agreed: Agreed, home: Home, *, resume: bool) -> None:
+def _prepare(folder: Path, agreed: Agreed, home: Home, *, resume: bool, is_active: bool) -> None:
     """Make the run folder, or see that it may be taken up."""
-    if (folder / deploy.PLAN).exists() and plans.digest(folder / deploy.PLAN) != agreed.digest:
+    if (folder / PLAN).exists() and plans.digest(folder / PLAN) != agreed.digest:
         raise RunError(f"the run in {folder} follows another plan; give the experiment another name, or move that folder away")
-    if (folder / "manifest.json").exists() != resume:
-        raise RunError(
-            f"{folder} holds no run to resume; start it without --resume"
-            if resume
-            else f"{folder} already holds a run; go on with --resume, or move the folder away"
-        )
+    was_begun = is_active or (folder / "manifest.json").exists()
+    if was_begun and not resume:
+        raise RunError(f"{folder} already holds a run; go on with --resume, or move the folder away")
+    if resume and not was_begun:
+        raise RunError(f"{folder} holds no run to resume; start it without --resume")
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_held(folder):
-        shutil.copyfile(home.plans / f"{agreed.digest}.yaml", folder / deploy.PLAN)
+    if not is_active:
+        shutil.copyfile(home.plans / f"{agreed.digest}.yaml", folder / PLAN)
         (folder / "config.yaml").write_text(agreed.experiment.to_yaml())
 
 
@@ -166,7 +99,7 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
 
     A ServerApp that died is not waited for: Flower would notice after minutes, its lock on the run folder tells at once.
     """
-    events, asked, answered, was_held, free_since = _Tail(folder / deploy.EVENTS), 0.0, time.monotonic(), False, 0.0
+    events, asked, answered, was_held, free_since = _Tail(folder / EVENTS), 0.0, time.monotonic(), False, 0.0
     while True:
         for row in events.rows():
             view.update(row)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server import certificates, deploy
+from server import certificates
 from server.control import Node, connected, is_healthy
-from server.home import Home
-from server.running import is_held
+from server.home import EVENTS, Home
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ def standing(home: Home) -> Standing:
     )
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a run folder."""
+    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
 def _site(name: str, nodes: Mapping[str, Node], *, healthy: bool) -> SiteStanding:
     node = nodes.get(name)
     if node is None:
@@ -81,7 +91,7 @@ def _run(folder: Path) -> RunStanding:
 def _last_trouble(folder: Path) -> str:
     """The last site that was dropped or round that failed, as the run's rows tell it."""
     trouble = ""
-    with contextlib.suppress(FileNotFoundError), (folder / deploy.EVENTS).open() as file:
+    with contextlib.suppress(FileNotFoundError), (folder / EVENTS).open() as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 row = json.loads(line)

@@ -7,7 +7,6 @@ sites reach takes calls to the Fleet API and to nothing else; everything is answ
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_a
 from flwr.superlink.main import create_app
 
 from fedmix.deployment.environment import LOOPBACK
+from server.coordinator import listening
 from server.home import Home
 
 FLEET = "/v1/fleet/"
@@ -105,12 +105,6 @@ def flower_settings(home: Home) -> SuperLinkLifespanConfig:
         isolation="process",
         runtime_dependency_install=False,
     )
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises OSError if the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=128)
 
 
 def serve(home: Home) -> None:

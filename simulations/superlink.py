@@ -25,6 +25,7 @@ from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.processes import Group
 from fedmix.errors import RunError
 from server import deploy
+from server.home import RUNS
 
 START_S = 120.0  # so long may a busy machine take to import Flower
 LOGS = "superlink"  # a folder in the run folder
@@ -44,7 +45,7 @@ class Link:
 
     def environment(self, name: str) -> dict[str, str]:
         """What one of Flower's processes is given: a home of its own, and the programs beside this Python."""
-        return flower_environment(self.files / "homes" / name) | {deploy.RUNS: str(self.runs)}
+        return flower_environment(self.files / "homes" / name) | {RUNS: str(self.runs)}
 
 
 def run_on_superlink(folder: Path, places: Sequence[Place], *, threads_per_site: int, watch: Watch) -> None:
@@ -54,7 +55,7 @@ def run_on_superlink(folder: Path, places: Sequence[Place], *, threads_per_site:
     run's own cause if it failed; what Flower's processes said is in the run folder under ``superlink/``.
     """
     folder = folder.absolute()
-    deploy.run_folder({"run": folder.name}, {deploy.RUNS: str(folder.parent)})  # what it refuses, it refuses at once
+    deploy.run_folder({"run": folder.name}, {RUNS: str(folder.parent)})  # what it refuses, it refuses at once
     with (
         tempfile.TemporaryDirectory(prefix="fedmix-superlink-", ignore_cleanup_errors=True) as files,
         contextlib.closing(Group()) as group,

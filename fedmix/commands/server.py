@@ -81,14 +81,16 @@ def register(
 
     Example:  fedmix server register north --key north/key.pub
     """
+    at = _home(home)
     from server import coordinator
 
-    at = _home(home)
     is_new = at.register(site, key)
     if coordinator.running(at) is None:
         _say(f"{site} is {'kept' if is_new else 'known'}, and is let in when the coordinator starts")
         return
-    for change in coordinator.register_pending(at):
+    from server import serving
+
+    for change in serving.register_pending(at):
         _say(change)
     _say(f"{site} may connect")
 
@@ -99,9 +101,10 @@ def start(home: Place = HOME) -> None:
 
     Example:  fedmix server start
     """
-    from server import coordinator
+    at = _home(home)
+    from server import serving
 
-    coordinator.start(_home(home), say=_say)
+    serving.start(at, say=_say)
 
 
 @server_app.command("plan")
@@ -117,11 +120,11 @@ def plan(
 
     Example:  fedmix server plan configs/smoke.yaml --sites north,south,west --out plan.yaml
     """
-    from fedmix import config
-    from server import running
-
     at, names = _home(home), [name.strip() for name in sites.split(",") if name.strip()]
-    agreed = running.make_plan(at, config.load(experiment_file, overrides or []), names, out=out, valid_days=days)
+    from fedmix import config
+    from server import planning
+
+    agreed = planning.make_plan(at, config.load(experiment_file, overrides or []), names, out=out, valid_days=days)
     _say(f"{out}: {agreed.plan.name} over {', '.join(agreed.plan.sites)} until {agreed.plan.valid_until}")
     _say(f"its SHA-256, which sites should read back to you: {agreed.digest}")
     if missing := sorted(set(agreed.plan.sites) - set(at.registered())):
@@ -141,11 +144,13 @@ def run(
     Example:  fedmix server run plan.yaml
     """
     at = _home(home)
+    from server import planning
+
+    agreed = planning.read_plan(at, plan_file)
     from fedmix.report.summary import read_report
     from fedmix.report.terminal import LiveView, final_table
     from server import running
 
-    agreed = running.read_plan(at, plan_file)
     with LiveView(out_console) as live:
         page = running.run(at, agreed, resume=resume, view=Screen(live))
     out_console.print(final_table(read_report(page.parent)))
@@ -176,9 +181,10 @@ def stop(home: Place = HOME) -> None:
 
     Example:  fedmix server stop
     """
-    from server import coordinator
+    at = _home(home)
+    from server import serving
 
-    coordinator.stop(_home(home), say=_say)
+    serving.stop(at, say=_say)
     _say("stopped")
 
 

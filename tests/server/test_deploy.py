@@ -11,23 +11,24 @@ from little import DirectGrid, World, everyone
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
 from server import deploy
+from server.home import RUNS
 from server.store import RunStore
 
 
 @pytest.mark.parametrize("name", ["", "..", "../other", "/etc", "a/b", ".hidden", "a" * 81])
 def test_a_run_is_named_and_never_a_path(name: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="should name a run folder"):
-        deploy.run_folder({"run": name}, {deploy.RUNS: str(tmp_path)})
+        deploy.run_folder({"run": name}, {RUNS: str(tmp_path)})
 
 
 def test_a_run_that_is_not_there_and_a_server_that_was_not_told_where_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="FEDMIX_RUNS is not set"):
         deploy.run_folder({"run": "demo"}, {})
     with pytest.raises(RunError, match=r"no run 'demo' with a config\.yaml"):
-        deploy.run_folder({"run": "demo"}, {deploy.RUNS: str(tmp_path)})
+        deploy.run_folder({"run": "demo"}, {RUNS: str(tmp_path)})
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/config.yaml").touch()
-    assert deploy.run_folder({"run": "demo"}, {deploy.RUNS: str(tmp_path)}) == tmp_path / "demo"
+    assert deploy.run_folder({"run": "demo"}, {RUNS: str(tmp_path)}) == tmp_path / "demo"
 
 
 def context(name: str) -> Context:
@@ -40,7 +41,7 @@ def test_the_app_begins_a_run_folder_that_holds_a_config_and_takes_up_one_that_w
     here = World(tmp_path / "here", everyone(tmp_path, rounds=1))
     expected = here.run()
     capsys.readouterr()
-    monkeypatch.setenv(deploy.RUNS, str(tmp_path))
+    monkeypatch.setenv(RUNS, str(tmp_path))
     folder = tmp_path / "there"
     folder.mkdir()
     (folder / "config.yaml").write_text(here.experiment.to_yaml())
@@ -58,7 +59,7 @@ def test_a_run_that_fails_says_so_in_its_folder(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "there"
     folder.mkdir()
     (folder / "config.yaml").write_text(world.experiment.to_yaml().replace("seed: 3", "seed: 4"))
-    monkeypatch.setenv(deploy.RUNS, str(tmp_path))
+    monkeypatch.setenv(RUNS, str(tmp_path))
     with pytest.raises(RunError, match="was given another experiment"):
         deploy.app(DirectGrid(world.places, {}), context("there"))
     manifest = (folder / "manifest.json").read_text()

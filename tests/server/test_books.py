@@ -1,0 +1,92 @@
+"""A run over real sites: only registered names on the plan are asked, and every message stands in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
+from little import DirectGrid, World, everyone, failing
+
+from fedmix.deployment.ledger import Ledger, verify
+from fedmix.errors import RunError
+from server import messages, roster
+from server.books import Books
+
+PLAN = "c" * 64
+
+
+class Registered(DirectGrid):
+    """A Grid whose nodes have names, in the order of the places; notes who is sent what."""
+
+    def __init__(self, world: World, names: Iterable[str], **changes: Any) -> None:
+        super().__init__(world.places, changes)
+        self.names = dict(zip(self.apps, names, strict=False))
+        self.sent: list[tuple[str, Message]] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        raise AssertionError("nodes have to be known by name")
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=number, name=name) for number, name in self.names.items()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        self.sent += [(self.names[message.metadata.dst_node_id], message) for message in messages]
+        return super().push_messages(messages)
+
+
+def test_every_message_is_in_the_ledger_before_it_counts(tmp_path: Path) -> None:
+    world, books = World(tmp_path / "a", everyone(tmp_path)), Books(Ledger(tmp_path / "ledger.jsonl"), PLAN)
+    grid = Registered(world, ["north", "south", "west"], south=failing)
+    world.run(grid, books=books)
+    entries = list(books.ledger.entries())
+    assert verify(tmp_path / "ledger.jsonl").entries == len(entries) == 12
+    assert {entry["plan"] for entry in entries} == {PLAN}
+    for entry, (site, message) in zip([one for one in entries if one["direction"] == "out"], grid.sent, strict=True):
+        assert (entry["event"], entry["peer"], entry["kind"]) == ("sent", site, message.metadata.message_type)
+    order = next(message for site, message in grid.sent if message.metadata.message_type == "train" and site == "north")
+    assert order.content.config_records["order"]["plan"] == PLAN
+    heads = {entry["hash"]: entry for entry in entries}
+    assert heads[str(order.content.config_records["order"]["ledger"])]["peer"] == "north"
+    replies = {entry["peer"]: entry for entry in entries if entry["direction"] == "in" and entry["kind"] == "train"}
+    assert replies["south"]["why"] == "on purpose"
+    assert replies["north"]["why"] is None
+    assert replies["north"]["norm"] > 0.0
+    assert "mvm/loss" in replies["north"]["metrics"]
+    assert not any(group.startswith("text") for group in replies["north"]["groups"])
+
+
+def test_a_node_under_a_name_that_is_on_no_plan_is_never_asked(tmp_path: Path) -> None:
+    whole = World(tmp_path / "whole", everyone(tmp_path))
+    some = everyone(tmp_path)
+    some["data"]["sites"] = some["data"]["sites"][:2]
+    run = World(tmp_path / "two", some)
+    grid = Registered(run, ["north", "south", "east"])
+    grid.names[99] = "east"
+    run.run(grid, books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+    assert {site for site, _ in grid.sent} == {"north", "south"}
+    assert whole.places
+
+
+def test_a_node_that_answers_under_another_name_than_its_key_ends_the_run_with_words(tmp_path: Path) -> None:
+    world = World(tmp_path / "a", everyone(tmp_path))
+    grid = Registered(world, ["south", "north", "west"])
+    with pytest.raises(RunError, match=r"site (north|south): its node answers under another name"):
+        world.run(grid, books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+
+
+def test_a_site_that_is_not_connected_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "GREETING_DEADLINE_S", 0.0)
+    world = World(tmp_path / "a", everyone(tmp_path))
+    with pytest.raises(RunError, match=r"2 of 3 nodes came within 0 s \(west missing\)"):
+        world.run(Registered(world, ["north", "south"]), books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+
+
+@pytest.mark.parametrize("head", ["x", "A" * 64, "a" * 63, 7])
+def test_what_is_no_head_of_a_ledger_is_refused(head: object) -> None:
+    with pytest.raises(messages.UpdateError, match="ledger"):
+        messages._head({"ledger": head})
