@@ -89,7 +89,8 @@ def meaning_of(text: str) -> str | None:
 def _listening(log: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Tell in words what is new in a log, for as long as this lasts."""
     is_over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(log, say, is_over), daemon=True)
+    place = log.stat().st_size if log.exists() else 0
+    listener = threading.Thread(target=_listen, args=(log, place, say, is_over), daemon=True)
     listener.start()
     try:
         yield
@@ -98,8 +99,8 @@ def _listening(log: Path, say: Callable[[str], None]) -> Iterator[None]:
         listener.join()
 
 
-def _listen(log: Path, say: Callable[[str], None], is_over: threading.Event) -> None:
-    place, last = (log.stat().st_size if log.exists() else 0), None
+def _listen(log: Path, place: int, say: Callable[[str], None], is_over: threading.Event) -> None:
+    last = None
     while not is_over.wait(LISTEN_S):
         with contextlib.suppress(OSError), log.open("rb") as file:
             if log.stat().st_size < place:

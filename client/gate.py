@@ -348,8 +348,9 @@ def _measured(message: Message) -> dict[str, Any]:
         objects = get_all_nested_objects(message)
         num_bytes = sum(len(each.deflate()) for each in objects.values())
     seen = hashlib.sha256()
-    for record in message.content.array_records.values():
-        for name in sorted(record):
-            seen.update(f"{name}\n".encode())
-            seen.update(record[name].data)
+    for record in message.content.values():  # not .array_records, which holds the content in a reference cycle
+        if isinstance(record, ArrayRecord):
+            for name in sorted(record):
+                seen.update(f"{name}\n".encode())
+                seen.update(record[name].data)
     return {"bytes": num_bytes, "objects": len(objects), "sha256": seen.hexdigest()}
