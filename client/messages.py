@@ -73,11 +73,18 @@ def greeting(message: Message, *, site: str, stream: str, fingerprint: str, stud
 
 
 def reply(
-    message: Message, order: Order, update: Update, coded: Mapping[str, Parts], *, trained_s: tuple[float, float]
+    message: Message,
+    order: Order,
+    update: Update,
+    coded: Mapping[str, Parts],
+    *,
+    trained_s: tuple[float, float],
+    privacy: Mapping[str, float],
 ) -> Message:
     """A site's update as the answer to its order, its changes in their coded form.
 
-    ``trained_s`` is when training began and ended (seconds since 1970).
+    ``trained_s`` is when training began and ended (seconds since 1970). ``privacy``: what the site's patients have borne with
+    it (client/private.py), empty without differential privacy.
     """
     receipt = ConfigRecord(
         {
@@ -97,6 +104,7 @@ def reply(
         "examples": MetricRecord({stream: int(count) for stream, count in update.examples.items()}),
         "metrics": MetricRecord({name: [total, weight] for name, (total, weight) in update.metrics.items()}),
         "second_moments": MetricRecord({name: float(mean) for name, mean in update.second_moments.items()}),
+        "privacy": MetricRecord({name: float(value) for name, value in privacy.items()}),
         "deltas": ArrayRecord({name + part: Array(array) for name, parts in coded.items() for part, array in parts.items()}),
     }
     return Message(RecordDict(records), reply_to=message)

@@ -24,6 +24,7 @@ from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from fedmix.federation import robust
 from fedmix.report import html, summary
+from server import accounts
 from server import held_out as central
 from server.app import build_app, quick_evaluation
 from server.model_folder import save_model
@@ -263,7 +264,7 @@ def _write_report(experiment: config.Experiment, store: RunStore, evaluation: di
             "bytes_down": _sum(totals, "bytes_down/"),
             "bytes_full_fp32": int(totals.get("bytes_full_fp32", 0)),
         },
-        privacy={"mode": "none"},
+        privacy=accounts.privacy_of(experiment, totals),
         timing={
             "wall_s": store.wall_s,
             "local_train_s": totals["local_train_s"],

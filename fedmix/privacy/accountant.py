@@ -30,7 +30,6 @@ from scipy.optimize import brentq
 
 from fedmix.errors import ConfigError, RunError
 
-ACCOUNTANT, RELATION, UNIT = "prv", "add or remove one patient", "patient"
 # Opacus' own orders end at 63, too soon for small epsilon.
 ORDERS = [1 + tenth / 10.0 for tenth in range(1, 100)] + list(range(12, 64)) + [2**power for power in range(6, 13)]
 PRV_ERROR = 0.01  # Opacus' default eps_error; its upper end is what is reported
