@@ -104,9 +104,10 @@ def reply(
         "examples": MetricRecord({stream: int(count) for stream, count in update.examples.items()}),
         "metrics": MetricRecord({name: [total, weight] for name, (total, weight) in update.metrics.items()}),
         "second_moments": MetricRecord({name: float(mean) for name, mean in update.second_moments.items()}),
-        "privacy": MetricRecord({name: float(value) for name, value in privacy.items()}),
         "deltas": ArrayRecord({name + part: Array(array) for name, parts in coded.items() for part, array in parts.items()}),
     }
+    if privacy:
+        records["privacy"] = MetricRecord({name: float(value) for name, value in privacy.items()})
     return Message(RecordDict(records), reply_to=message)
 
 

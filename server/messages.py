@@ -169,7 +169,7 @@ def read_reply(message: Message, order: Order) -> Reply:
         bytes_up=_num_bytes(record),
         train_start=_moment(receipt, "train_start"),
         train_end=_moment(receipt, "train_end"),
-        privacy=_privacy(_record(content, "privacy", MetricRecord)),
+        privacy=_privacy(_record(content, "privacy", MetricRecord) if "privacy" in content else {}),
     )
 
 

@@ -49,7 +49,7 @@ def poisson_sample(num_patients: int, rate: float, chance: Generator) -> Tensor:
 
 def clip_factors(norm_U: Tensor, clip: float) -> Tensor:
     """c_u = min(1, C / |g_u|) [U]; zero for a gradient that is not finite, so that it adds nothing."""
-    return torch.where(norm_U.isfinite(), clip / norm_U.clamp_min(clip), 0.0)
+    return torch.where(norm_U.isfinite(), (clip / norm_U.clamp_min(clip)).clamp_max(1.0), 0.0)
 
 
 def noised(total: Tensor, *, noise_multiplier: float, clip: float, expected: float, chance: Generator) -> Tensor:
