@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Context, Message
@@ -30,11 +31,15 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError, FedmixError, PolicyError
 from fedmix.federation import compression, local
+from fedmix.federation.local import Start
 from fedmix.federation.microbatch import parts_of
 from fedmix.federation.optimisers import OptimiserState
 from fedmix.federation.update import Update
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
+
+if TYPE_CHECKING:
+    from client.private import Spent
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,14 @@ def _train(message: Message, place: Place) -> Message:
     if not stage.optimiser.keep_state:
         memory = replace(memory, moments={})
     first_step = (order.round_number - stage_began) * stage.local_steps
+    spent = _spend(place, job, order)
     with ThreadPoolExecutor(max_workers=1) as disk:  # a large model's files are written while the site computes
         kept = [disk.submit(state.keep_received, received)] if order.parameters else []
         started = time.time()
-        update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
+        if spent is None:
+            update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
+        else:
+            update, moments = _private_steps(place, job, first_step, Start(memory.moments, order.second_moments), spent)
         trained_s = (started, time.time())
         kept.append(disk.submit(state.keep_moments, order.round_number, moments if stage.optimiser.keep_state else {}))
         # The seed holds the round and nothing that a repeat of it would change.
@@ -185,7 +194,39 @@ def _train(message: Message, place: Place) -> Message:
             written.result()
     # Before the reply: a committed round must find it.
     state.finish(order.round_number, residual)
-    return messages.reply(message, order, update, coded, trained_s=trained_s)
+    return messages.reply(message, order, update, coded, trained_s=trained_s, privacy=spent.facts() if spent else {})
+
+
+def _spend(place: Place, job: Materials, order: messages.Order) -> Spent | None:
+    """The round in the site's privacy ledger, before anything of it is computed; None without differential privacy."""
+    if job.experiment.privacy.mode == "none":
+        return None
+    from client import private  # Opacus takes seconds to import, and most experiments need none of it
+
+    return private.spend(
+        job.experiment,
+        _site(job.experiment, place.site),
+        job.stage,
+        shard=place.shard,
+        state=place.state,
+        run=order.run,
+        round_number=order.round_number,
+    )
+
+
+def _private_steps(place: Place, job: Materials, first_step: int, start: Start, spent: Spent) -> tuple[Update, OptimiserState]:
+    """A round's steps on patients drawn in secret, with noise."""
+    from fedmix.federation import private
+
+    return private.train(
+        job.learner,
+        spent.patients,
+        local.Assignment(place.site, job.stage, first_step, job.experiment.seed),
+        _site(job.experiment, place.site).stream,
+        spent.protection,
+        start=start,
+        precision=job.experiment.federation.precision,
+    )
 
 
 def _steps(

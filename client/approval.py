@@ -120,7 +120,7 @@ def _hindrances(home: Home, plan: plans.Plan, digest: str) -> Iterator[str]:
         yield "the plan was denied here; who denied it takes it off the list in the home's plans folder first"
     try:
         gate.check_plan(plan, settings.name, datetime.datetime.now(datetime.UTC).date())
-        policy.check_privacy()
+        policy.check_privacy(plan.resolved().privacy)
     except FedmixError as error:
         yield str(error)
     if plan.coordinator != settings.coordinator:

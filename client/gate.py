@@ -55,6 +55,7 @@ RECEIPT = {
     "train_end": float,
     "ledger": str,
 }
+PRIVACY = dict.fromkeys(("epsilon", "epsilon_rdp", "steps", "noise_multiplier", "sample_rate"), float)
 ECHOED = ("run", "round", "base", "fingerprint", "nonce")
 MAX_METRICS = 32
 
@@ -106,11 +107,11 @@ def admit(home: Home, message: Message, *, now: datetime.datetime | None = None)
     since, settings, policy = time.time(), home.settings(), home.policy()
     _check_pause(home)
     policy.check_hour(now)
-    policy.check_privacy()
     digest = _plan_of(message)
     plan = _approved(home, digest)
     check_plan(plan, settings.name, now.astimezone(datetime.UTC).date())
     experiment = plan.resolved()
+    policy.check_privacy(experiment.privacy)
     site = next(site for site in experiment.data.sites if site.name == settings.name)
     studies = len(Shard.open(settings.shard, verify=False).select("train", site.stream))
     if studies < policy.min_studies:
@@ -205,7 +206,8 @@ def _release(
     measured = _measured(answer)
     _check_amount(home, admitted, measured["bytes"])
     facts = {**_facts(message), "direction": "out", **measured, "groups": groups, "metrics": metrics}
-    place["ledger"] = home.ledger().append("sent", **facts, norm=norm, epsilon=None)
+    epsilon = content.metric_records["privacy"]["epsilon"] if "privacy" in content else None
+    place["ledger"] = home.ledger().append("sent", **facts, norm=norm, epsilon=epsilon)
     return answer
 
 
@@ -238,11 +240,13 @@ def _check_update(
         "metrics": MetricRecord,
         "second_moments": MetricRecord,
         "deltas": ArrayRecord,
-    }
+    } | ({"privacy": MetricRecord} if admitted.experiment.privacy.mode == "dp" else {})
     if set(content) != set(kinds) or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
         raise PolicyError("the reply holds records that are none of an update, or lacks one")
     receipt = content.config_records["receipt"]
     _check_fields(receipt, RECEIPT)
+    if "privacy" in kinds:
+        _check_fields(content.metric_records["privacy"], PRIVACY)
     if receipt["site"] != admitted.site or any(receipt[key] != order[key] for key in ECHOED):
         raise PolicyError("the reply's receipt is not of the order that it answers")
     if not admitted.since <= float(receipt["train_start"]) <= float(receipt["train_end"]) <= time.time():  # type: ignore[arg-type]
@@ -265,7 +269,7 @@ def _check_update(
     return coded, groups
 
 
-def _check_fields(record: ConfigRecord, kinds: Mapping[str, type]) -> None:
+def _check_fields(record: ConfigRecord | MetricRecord, kinds: Mapping[str, type]) -> None:
     """Refuse a record with a field that is missing, of another type, or too many."""
     if set(record) != set(kinds) or any(type(record[name]) is not kind for name, kind in kinds.items()):
         raise PolicyError("the reply holds fields that nobody asked for, or lacks some")

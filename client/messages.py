@@ -76,11 +76,18 @@ def greeting(message: Message, *, site: str, stream: str, fingerprint: str, stud
 
 
 def reply(
-    message: Message, order: Order, update: Update, coded: Mapping[str, Parts], *, trained_s: tuple[float, float]
+    message: Message,
+    order: Order,
+    update: Update,
+    coded: Mapping[str, Parts],
+    *,
+    trained_s: tuple[float, float],
+    privacy: Mapping[str, float],
 ) -> Message:
     """A site's update as the answer to its order, its changes in their coded form.
 
-    ``trained_s`` is when training began and ended (seconds since 1970). The gate puts its ledger's head in.
+    ``trained_s`` is when training began and ended (seconds since 1970). ``privacy``: what the site's patients have borne with
+    it (client/private.py), empty without differential privacy. The gate puts its ledger's head in.
     """
     receipt = ConfigRecord(
         {
@@ -103,6 +110,8 @@ def reply(
         "second_moments": MetricRecord({name: float(mean) for name, mean in update.second_moments.items()}),
         "deltas": ArrayRecord({name + part: Array(array) for name, parts in coded.items() for part, array in parts.items()}),
     }
+    if privacy:
+        records["privacy"] = MetricRecord({name: float(value) for name, value in privacy.items()})
     return Message(RecordDict(records), reply_to=message)
 
 

@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedmix import config
 from fedmix.config.reading import MAX_CONFIG_BYTES, read_yaml
 from fedmix.disk import reason_of
 from fedmix.errors import ConfigError, PolicyError
 
-RECORDS = ("greeting", "receipt", "examples", "metrics", "second_moments", "deltas")
+RECORDS = ("greeting", "receipt", "examples", "metrics", "second_moments", "privacy", "deltas")
 Pattern = Annotated[str, Field(pattern=re.compile(r"^[a-z0-9_.*/?\[\]-]{1,80}$"))]
 Hour = Annotated[int, Field(ge=0, le=24)]
 
@@ -70,10 +71,19 @@ class Policy(Part):
                 "there; the next round within these hours finds it again"
             )
 
-    def check_privacy(self) -> None:
-        """Refuse every plan where protections are asked for that no plan of this version has."""
-        if self.privacy.mode != "none" or self.privacy.epsilon is not None or self.privacy.secure_sum:
-            raise PolicyError("this site's policy asks for differential privacy or secure sums, which the plan does not have")
+    def check_privacy(self, offered: config.Privacy) -> None:
+        """Refuse a plan that protects patients less than this site asks for."""
+        wanted = self.privacy
+        if wanted.secure_sum:
+            raise PolicyError("this site's policy asks for secure sums, which the plan does not have")
+        if (wanted.mode == "dp" or wanted.epsilon is not None) and offered.mode != "dp":
+            raise PolicyError("this site's policy asks for differential privacy, which the plan does not have")
+        # The plan's epsilon bounds all that the site's privacy ledger holds, of earlier plans too (client/private.py).
+        if wanted.epsilon is not None and (offered.epsilon is None or offered.epsilon > wanted.epsilon):
+            asked = "no limit" if offered.epsilon is None else f"{offered.epsilon:g}"
+            raise PolicyError(
+                f"this site's policy gives an epsilon of {wanted.epsilon:g} at most, and the plan asks for {asked}"
+            )
 
     def check_names(self, records: Collection[str], groups: Collection[str], metrics: Collection[str]) -> None:
         """Refuse what holds a record, a parameter group or a metric that may not leave."""

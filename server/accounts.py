@@ -1,23 +1,30 @@
-"""What a round's updates cost and counted: seconds, bytes and studies, on the server's clock."""
+"""What a round's updates cost and counted: seconds, bytes, studies and privacy, on the server's clock."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from fedmix import config
 from fedmix.batch import Stream
+from fedmix.privacy import ACCOUNTANT, RELATION, UNIT
 from server.spool import Coded
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A site's update that counts, with the facts around it. ``examples``: studies processed, before any cap."""
+    """A site's update that counts, with the facts around it.
+
+    ``examples``: studies processed, before any cap. ``privacy``: what the site's ledger holds with this round.
+    """
 
     update: Coded
     examples: Mapping[Stream, int]
     bytes_up: int
     train_start: float
     train_end: float
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
 
 def covered(intervals: Sequence[tuple[float, float]]) -> float:
@@ -33,6 +40,7 @@ def facts_of_site(taken: Taken, bytes_down: int) -> dict[str, float]:
     """What metrics.jsonl tells of a site's update."""
     values = {f"train/{name}": total / weight for name, (total, weight) in taken.update.metrics.items() if weight > 0}
     values |= {f"data/{stream}": float(count) for stream, count in taken.examples.items()}
+    values |= {f"privacy/{name}": value for name, value in taken.privacy.items()}
     return values | {
         "comm/bytes_up": float(taken.bytes_up),
         "comm/bytes_down": float(bytes_down),
@@ -51,3 +59,30 @@ def on_our_clock(taken: Taken, sent: float, came: float) -> Taken:
 def add(totals: dict[str, float], name: str, value: float) -> None:
     """Add to a sum that may not be there yet."""
     totals[name] = totals.get(name, 0.0) + value
+
+
+def privacy_of(experiment: config.Experiment, totals: Mapping[str, float]) -> dict[str, Any]:
+    """The privacy block of report.json. A site's epsilon is what its ledger held at its last update that counted.
+
+    Epsilon is the largest site's: patients are those of one site; one of several bears the sum of theirs.
+    """
+    settings = experiment.privacy
+    if settings.mode == "none":
+        return {"mode": "none"}
+    names = ("epsilon", "epsilon_rdp", "steps", "noise_multiplier", "sample_rate")
+    sites = [
+        {"name": site.name} | {name: totals[f"privacy/{site.name}/{name}"] for name in names}
+        for site in experiment.data.sites
+        if f"privacy/{site.name}/epsilon" in totals
+    ]
+    largest = {name: max((site[name] for site in sites), default=None) for name in ("epsilon", "epsilon_rdp", "steps")}
+    return {
+        "mode": settings.mode,
+        "delta": settings.delta,
+        "unit": UNIT,
+        "relation": RELATION,
+        "accountant": ACCOUNTANT,
+        "clip": settings.clip,
+        "trainable": settings.trainable,
+        "sites": sites,
+    } | largest

@@ -28,8 +28,9 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
-REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "deltas"}
+REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "privacy", "deltas"}
 RECEIPT_FIELDS = {"run", "round", "base", "fingerprint", "site", "nonce", "steps", "train_start", "train_end", "ledger"}
+PRIVACY_FIELDS = {"epsilon", "epsilon_rdp", "steps", "noise_multiplier", "sample_rate"}
 NO_LEDGER = ""  # simulated sites keep none
 HEAD = re.compile(r"[0-9a-f]{64}")
 MAX_METRICS = 32
@@ -73,7 +74,8 @@ class Reply:
     """A reply that answers its order, its numbers not yet screened.
 
     ``arrays``: the coded tensors as they came, by name on the wire; views into the message, nothing is copied.
-    ``train_start`` and ``train_end``: seconds since 1970 by the site's clock. ``ledger``: the head of the site's own.
+    ``train_start`` and ``train_end``: seconds since 1970 by the site's clock. ``ledger``: the head of the site's own;
+    ``privacy``: what its privacy ledger holds, by its word.
     """
 
     examples: Mapping[Stream, int]
@@ -85,6 +87,7 @@ class Reply:
     train_start: float
     train_end: float
     ledger: str
+    privacy: Mapping[str, float]
 
 
 def query(node_id: int, *, fingerprint: str = "", plan: str = "") -> Message:
@@ -177,6 +180,7 @@ def read_reply(message: Message, order: Order) -> Reply:
         train_start=_moment(receipt, "train_start"),
         train_end=_moment(receipt, "train_end"),
         ledger=_head(receipt),
+        privacy=_privacy(_record(content, "privacy", MetricRecord) if "privacy" in content else {}),
     )
 
 
@@ -232,6 +236,15 @@ def _pair(value: object) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise UpdateError("a metric should be a pair of sum and weight")
     return float(value[0]), float(value[1])
+
+
+def _privacy(record: Mapping[str, object]) -> dict[str, float]:
+    if record and set(record) != PRIVACY_FIELDS:
+        raise UpdateError(f"what a site says of its privacy should be {', '.join(sorted(PRIVACY_FIELDS))} or nothing")
+    values = {name: typed(record, name, float) for name in record}
+    if not all(math.isfinite(value) and value >= 0.0 for value in values.values()):
+        raise UpdateError("what the site says of its privacy is not finite, or below zero")
+    return values
 
 
 def _moment(receipt: Mapping[str, object], key: str) -> float:

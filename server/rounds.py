@@ -247,7 +247,9 @@ class RoundLoop:
             self._drop(site.name, f"{error} (strike {strikes}{last})", current)
             return
         taken = on_our_clock(
-            Taken(spool.add(update), reply.examples, reply.bytes_up, reply.train_start, reply.train_end), sent.sent, time.time()
+            Taken(spool.add(update), reply.examples, reply.bytes_up, reply.train_start, reply.train_end, reply.privacy),
+            sent.sent,
+            time.time(),
         )
         current.taken.append(taken)
         self._say("site", current, site.name, facts_of_site(taken, current.bytes_down[site.name]))
@@ -271,6 +273,8 @@ class RoundLoop:
             order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
         )
         examples = screening.check_work(reply.examples, reply.steps, reply.metrics, asked)
+        if bool(reply.privacy) != (self._experiment.privacy.mode == "dp"):
+            raise UpdateError(f"the site's update does not fit privacy.mode = {self._experiment.privacy.mode}")
         screening.check_second_moments(reply.second_moments, order.shapes, current.stage.optimiser)
         update = Coded(
             site=order.site.name,
@@ -365,6 +369,7 @@ class RoundLoop:
             add(totals, f"examples/{site}", sum(taken.examples.values()))
             add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
             totals[f"studies/{site}"] = self._roster.studies[site]
+            totals |= {f"privacy/{site}/{name}": value for name, value in taken.privacy.items()}
         add(totals, "local_train_s", busy_s)
         add(totals, "aggregate_s", aggregate_s)
         return totals

@@ -443,6 +443,7 @@ def test_every_key_is_known_to_decide_the_weights_or_not_to() -> None:
     listed = {key.replace("stages.0", "stages.1") for key in DECIDES} | set(DECIDES_NOT)
     # The same by position; needs joint_share beside it; needs same_patient beside it.
     listed |= {"data.sites.1.shard", "stages.1.objectives.match", "stages.1.objectives.queue"}
+    listed |= {"privacy"}  # excludes what this experiment does; a test of its own
     unlisted = {
         path
         for path, _ in leaves(parse().model_dump(mode="json"))
@@ -643,3 +644,61 @@ def test_random_bytes_raise_nothing_but_a_config_error(raw: bytes, tmp_path_fact
 
 def test_schema_is_plain_json() -> None:
     assert json.loads(json.dumps(config.json_schema())) == config.json_schema()
+
+
+def private(**privacy: object) -> dict[str, Any]:
+    """A smallest experiment under differential privacy."""
+    values = {"studies": 8, "look": "north"}
+    return {
+        "name": "guarded",
+        "data": {
+            "sites": [{"name": "west", "stream": "paired", "phantom": values}],
+            "held_out": {"phantom": values | {"look": "unseen"}},
+        },
+        "stages": [{"name": "all", "rounds": 1}],
+        "privacy": {"mode": "dp", "noise_multiplier": 1.0} | privacy,
+    }
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"epsilon": 3.0},
+        {"delta": 1e-6},
+        {"noise_multiplier": 2.0},
+        {"clip": 2.0},
+        {"studies_per_patient": 1},
+        {"trainable": "heads"},
+    ],
+)
+def test_fingerprint_covers_privacy_and_is_the_old_one_without(other: dict[str, object]) -> None:
+    guarded = config.build(private())
+    assert config.build(private(**other)).fingerprint() != guarded.fingerprint()
+    plain = config.build(private() | {"privacy": {"mode": "none"}})
+    assert (
+        plain.fingerprint() == config.build({key: value for key, value in private().items() if key != "privacy"}).fingerprint()
+    )
+    assert plain.fingerprint() != guarded.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"privacy": {"mode": "dp"}}, "needs a budget epsilon, a noise_multiplier, or both"),
+        ({"privacy": {"epsilon": 3.0}}, "nothing would be protected"),
+        ({"stages": [{"name": "all", "rounds": 1, "objectives": {"contrast": 1.0}}]}, "compare studies of different patients"),
+        (
+            {"stages": [{"name": "all", "rounds": 1, "objectives": {"match": 0.1, "joint_share": 0.5}}]},
+            "compare studies of different patients",
+        ),
+        (
+            {"stages": [{"name": "all", "rounds": 1, "objectives": {"joint_share": 0.5, "joint_masking": "one_at_a_time"}}]},
+            "set it to both",
+        ),
+        ({"federation": {"processes_per_site": 2}}, "processes_per_site to 1"),
+        ({"federation": {"checkpoint_activations": True}}, "checkpoint_activations to false"),
+    ],
+)
+def test_privacy_with_what_it_cannot_cover_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        config.build(private() | changes)

@@ -18,6 +18,7 @@ from fedmix.errors import ConfigError
 if TYPE_CHECKING:
     from client.approval import Review
     from client.home import Home
+    from fedmix import config
 
 site_app = typer.Typer(
     no_args_is_help=True,
@@ -236,8 +237,16 @@ def _reviewed(found: Review) -> list[tuple[str, str]]:
         ("", "losses as sums, the number of studies processed, when training began and ended"),
         ("bytes, at most", f"{found.bytes_a_round} a round, {total} in all, repeated rounds apart"),
         ("never leaves", "images, reports, labels, names, identifiers, paths"),
-        ("privacy", "updates are not noised and not summed in secret: they can reveal training data to the coordinator"),
+        ("privacy", _protected(plan.resolved().privacy)),
     ]
+
+
+def _protected(privacy: config.Privacy) -> str:
+    """What a plan does against updates that tell of patients."""
+    if privacy.mode == "none":
+        return "updates are not noised and not summed in secret: they can reveal training data to the coordinator"
+    budget = "no limit" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
+    return f"DP-SGD, patients as the unit: {budget} at delta {privacy.delta:g} over all plans; updates are not summed in secret"
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

@@ -429,6 +429,36 @@ class Federation(Section):
     )
 
 
+class Privacy(Section):
+    """Differential privacy of patients at their site (fedmix/privacy/); science and limits: fedmix/privacy/dpsgd.py."""
+
+    mode: Literal["none", "dp"] = Field(default="none", description="dp is DP-SGD with patients as the unit")
+    epsilon: Positive | None = Field(
+        default=None,
+        description="most that a site's ledger may reach, over all rounds and runs that it holds; a round that would pass it "
+        "is refused. Null sets no limit",
+    )
+    delta: OpenFraction = Field(default=1e-5, description="must be below 1 over a site's patients")
+    noise_multiplier: Positive | None = Field(
+        default=None, description="sigma, noise over clip; null takes the least with which all planned rounds fit into epsilon"
+    )
+    clip: Positive = Field(default=1.0, description="longest gradient of one patient in one step")
+    studies_per_patient: Count = Field(
+        default=4, description="at most so many of a patient's studies, drawn at random, make its gradient in one step"
+    )
+    trainable: Literal["all", "heads"] = Field(
+        default="all", description="what is trained: everything, or decoder, word head and last norms on a trunk that stays"
+    )
+
+    @model_validator(mode="after")
+    def _noise_is_known(self) -> Privacy:
+        if self.mode == "dp" and self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("mode = dp needs a budget epsilon, a noise_multiplier, or both")
+        if self.model_fields_set and "mode" not in self.model_fields_set:  # said outright, none may stand beside values
+            raise ValueError("privacy is described without its mode, and nothing would be protected; set mode to dp")
+        return self
+
+
 class Evaluation(Section):
     """Central evaluation on the held-out set."""
 
@@ -468,6 +498,7 @@ class Experiment(Section):
     wire: Wire = Wire()
     screening: Screening = Screening()
     federation: Federation = Federation()
+    privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
         default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
@@ -481,6 +512,8 @@ class Experiment(Section):
             raise ValueError(f"data.image_size = {size} must be twice model.patch_size = {patch}, or a larger multiple of it")
         for stage in self.stages:
             _check_stage(stage, self)
+        if self.privacy.mode == "dp":
+            _check_private(self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stage names must differ from each other")
@@ -524,6 +557,8 @@ class Experiment(Section):
         threads add the same numbers in another order, which changes the last bits: they are in.
         """
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
+        if self.privacy.mode == "none":  # as before there was a choice
+            values.pop("privacy")
         values["model"].pop("size")  # the sizes it stands for are there
         values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
@@ -582,3 +617,24 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
         raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")
     if aggregation.rule == "modality_aware" and not any(getattr(aggregation.shared_mix, stream) for stream in streams):
         raise ValueError(f"stage {stage.name!r}: aggregation.shared_mix is 0 for all of its streams {sorted(streams)}")
+
+
+def _check_private(experiment: Experiment) -> None:
+    """Raise ValueError where differential privacy of patients was asked for together with what it cannot cover."""
+    for stage in experiment.stages:
+        objectives = stage.objectives
+        if objectives.contrast or objectives.match:
+            raise ValueError(
+                f"stage {stage.name!r}: contrast and match compare studies of different patients, so no patient has a gradient "
+                "of its own to clip; under privacy.mode = dp set both to 0"
+            )
+        if objectives.joint_masking != "both":
+            raise ValueError(
+                f"stage {stage.name!r}: joint_masking = one_at_a_time shares a batch's pairs out between two ways, so what one "
+                "patient teaches depends on the others; under privacy.mode = dp set it to both"
+            )
+    if experiment.federation.processes_per_site > 1 or experiment.federation.checkpoint_activations:
+        raise ValueError(
+            "privacy.mode = dp computes a site's step in one process and with its activations; set "
+            "federation.processes_per_site to 1 and checkpoint_activations to false, and micro_batch where memory is short"
+        )

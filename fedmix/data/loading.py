@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedmix import config
 from fedmix.batch import Batch, Study
@@ -63,6 +64,49 @@ class Sampler:
             pool = pool[np.argsort(self._lengths[pool], kind="stable")]
             batches += [pool[at : at + size] for at in range(0, len(pool), size)]
         return [batches[at] for at in chance.permutation(len(batches))]
+
+
+class PatientSampler:
+    """Patients drawn each on their own with the same chance (Poisson sampling), which differential privacy counts on.
+
+    A patient is all studies among ``indices`` of one keyed hash. A draw takes at most ``most_studies`` of a patient's, at
+    random, and gives everything that chance decides from a generator that the caller keeps secret.
+    """
+
+    def __init__(
+        self, shard: Shard, indices: Indices, *, expected: int, most_studies: int, augment: config.Augment | None = None
+    ) -> None:
+        if len(indices) == 0:
+            raise DataError("no study of the wanted stream and split in this shard; see `fedmix prepare --stream`")
+        order = np.argsort(shard.patient[indices], kind="stable")
+        _, starts = np.unique(shard.patient[indices][order], return_index=True)
+        self._shard, self._most, self._augment = shard, most_studies, augment or config.Augment()
+        self._studies = np.split(indices[order], starts[1:])
+        self.expected = min(expected, len(self._studies))
+
+    @property
+    def num_patients(self) -> int:
+        """How many patients there are to draw from."""
+        return len(self._studies)
+
+    @property
+    def rate(self) -> float:
+        """Each patient's chance of being drawn."""
+        return self.expected / self.num_patients
+
+    def draw(self, drawn: Tensor, chance: Generator) -> Batch | None:
+        """Studies of the patients of these numbers as one batch, ``patient`` counted from 0; None of nobody."""
+        if len(drawn) == 0:
+            return None
+        rows: list[int] = []
+        whose: list[int] = []
+        for place, number in enumerate(drawn.tolist()):
+            own = self._studies[number]
+            kept = torch.randperm(len(own), generator=chance)[: self._most].tolist()
+            rows += own[kept].tolist()
+            whose += [place] * len(kept)
+        batch = replace(collate([study(self._shard, row) for row in rows]), patient=torch.tensor(whose))
+        return augmented(batch, self._augment, seed=int(torch.randint(2**62, (1,), generator=chance)), step=0)
 
 
 def study(shard: Shard, row: int) -> Study:

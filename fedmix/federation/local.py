@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fedmix.errors import ConfigError
 from fedmix.federation.microbatch import Parts, descend
 from fedmix.federation.optimisers import Optimisers, OptimiserState
 from fedmix.federation.update import Update, group_of
+from fedmix.model.encoder import MixedModel
 from fedmix.model.layers import keep_activations
 from fedmix.objectives.mixture import Learner
 
@@ -90,23 +91,57 @@ def train(
     ``second_moments``: the sites' means of AdamW's second moment, from which a stage that aggregates them starts the round.
     ``parts``: how a step is cut into micro-batches and among processes, None not at all. Every process returns the same.
     """
-    model, stage = learner.model, assignment.stage
+    parts = parts or Parts()
+    keep_activations(learner.model, wanted=parts.keeps_activations)
+    learner.model.skips_padding = True
+    learner = learner.at_round_start()
+    within = partial(arithmetic, precision, learner.model.device.type)
+
+    def leave_gradient(step: int) -> Seen:
+        batch = batches.batch(step)
+        chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, assignment.stage.name, step, "masks"))
+        return Seen(descend(learner, batch, chance, parts=parts, within=within), batch.counts())
+
+    start = Start(optimiser_state or {}, second_moments or {})
+    return take_steps(learner.model, assignment, leave_gradient, start, on_step=on_step)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a round's optimiser begins with: the moments kept at the site, and the sites' means of the second."""
+
+    optimiser_state: Mapping[str, Tensor]
+    second_moments: Mapping[str, float]
+
+
+class Seen(NamedTuple):
+    """What a step tells of itself beside its gradient: its terms, and its studies by stream."""
+
+    terms: Mapping[str, Term]
+    examples: Mapping[Stream, int]
+
+
+def take_steps(
+    model: MixedModel,
+    assignment: Assignment,
+    leave_gradient: Callable[[int], Seen],
+    start: Start,
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[Update, OptimiserState]:
+    """Take the round's steps, of which ``leave_gradient`` leaves the gradients in the model one by one."""
+    stage = assignment.stage
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimisers = Optimisers(model, stage.optimiser)
-    optimisers.load(optimiser_state or {})
-    optimisers.start_from(second_moments or {})
-    done, parts = _Work(), parts or Parts()
+    optimisers.load(start.optimiser_state)
+    optimisers.start_from(start.second_moments)
+    done = _Work()
     model.train()
-    keep_activations(model, wanted=parts.keeps_activations)
-    model.skips_padding = True
-    learner = learner.at_round_start()
     with heap.keeping():
         for step in range(assignment.first_step, assignment.first_step + stage.local_steps):
-            batch = batches.batch(step)
-            chance = torch.Generator().manual_seed(seed_of(assignment.seed, assignment.site, stage.name, step, "masks"))
-            terms = descend(learner, batch, chance, parts=parts, within=partial(arithmetic, precision, model.device.type))
+            seen = leave_gradient(step)
             pull(model, before, stage.optimiser.proximal)
-            done.count(model, batch, terms)
+            done.count(model, seen)
             optimisers.step((step + 1) / assignment.num_stage_steps)
             if on_step is not None:
                 on_step(step)
@@ -131,12 +166,12 @@ class _Work:
         self.examples: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
         self._sums: dict[str, Term] = {}
 
-    def count(self, model: nn.Module, batch: Batch, terms: Mapping[str, Term]) -> None:
+    def count(self, model: nn.Module, seen: Seen) -> None:
         """Add a step, while its gradients are there."""
         self.trained.update(name for name, parameter in model.named_parameters() if parameter.grad is not None)
-        for stream, count in batch.counts().items():
+        for stream, count in seen.examples.items():
             self.examples[stream] += count
-        for name, term in terms.items():
+        for name, term in seen.terms.items():
             kept = Term(term.total.detach(), term.weight)
             self._sums[name] = self._sums[name] + kept if name in self._sums else kept
 

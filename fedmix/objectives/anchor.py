@@ -16,5 +16,10 @@ def anchor_term(now_BD: Tensor, start_BD: Tensor) -> Term:
 
     After FedDRA (2404.03854), which holds local alignment near the global representation. 0: no drift; 2: turned round.
     """
-    cosine_B = F.cosine_similarity(now_BD.float(), start_BD.detach().float(), dim=-1)
-    return Term(total=(1.0 - cosine_B).sum(), weight=cosine_B.new_full((), len(cosine_B)))
+    drift_B = drift(now_BD, start_BD)
+    return Term(total=drift_B.sum(), weight=drift_B.new_full((), len(drift_B)))
+
+
+def drift(now_BD: Tensor, start_BD: Tensor) -> Tensor:
+    """Cosine distance [B] of each study's features."""
+    return 1.0 - F.cosine_similarity(now_BD.float(), start_BD.detach().float(), dim=-1)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fedmix import config
 from fedmix.batch import Batch, Term, placed
 from fedmix.errors import ConfigError, DataError
 from fedmix.model.encoder import Encoded, MixedModel
-from fedmix.model.layers import to_patches
+from fedmix.model.layers import pick, to_patches
 from fedmix.objectives.alignment import (
     Past,
     contrast_term,
@@ -30,11 +31,11 @@ from fedmix.objectives.alignment import (
     similarity,
     soft_targets,
 )
-from fedmix.objectives.anchor import anchor_term
+from fedmix.objectives.anchor import anchor_term, drift
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.memory import PastPairs
 from fedmix.objectives.readings import Reading
-from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term
+from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term, patch_errors
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,48 @@ class Learner:
             before = self.start.encode(image_BSS=reading.image_NSS, visible_BK=reading.visible_NK, words_BL=reading.read_NL)
             now_ND, start_ND = self.model.pool(reading.modality, encoded), self.start.pool(reading.modality, before)
             found.append(("anchor", anchor_term(now_ND, start_ND)))
+        return found
+
+    # The parts of a step that knows what each study adds to its loss (fedmix/federation/private.py).
+
+    def plan_each(self, batch: Batch, generator: Generator) -> list[tuple[Reading, Tensor]]:
+        """What a batch has the model read, and which study of the batch each row is of; nothing compares two studies.
+
+        What is hidden of a study, and whether a pair is read as one sequence too, depends on no other study: ``joint_share``
+        is each pair's own chance here.
+        """
+        rows, plan = _rows(batch), self.plan(batch, generator)
+        of_image_N, of_text_N = batch.has_image.nonzero().flatten(), batch.has_text.nonzero().flatten()
+        whose = {"image": of_image_N[rows.image_alone], "text": of_text_N[rows.text_alone]}
+        alone = plan.readings if plan.pairs is None else plan.readings[:-2]
+        found = [(reading, whose[reading.modality]) for reading in alone]
+        if plan.pairs is None:
+            return found
+        paired_B = of_image_N[rows.image_paired]
+        found += [(reading, paired_B) for reading in plan.readings[-2:]]
+        joint_B = torch.rand(len(paired_B), generator=generator) < self.objectives.joint_share
+        joint = Pairs(plan.pairs.image_BSS[joint_B], plan.pairs.words_BL[joint_B], None)
+        every = replace(self, objectives=self.objectives.model_copy(update={"joint_share": 1.0}))
+        return found + [(reading, paired_B[joint_B]) for reading in every.join(joint, None, generator)]
+
+    def ask_each(self, reading: Reading, encoded: Encoded) -> dict[str, Tensor]:
+        """Totals [N] of the terms that a reading is asked for, study by study: ``ask`` before it adds them up.
+
+        Every module reads studies in its first dimension, also the word head: a study's hidden words are one row.
+        """
+        found: dict[str, Tensor] = {}
+        if reading.hidden_MP is not None:
+            assert reading.image_NSS is not None
+            assert reading.visible_NK is not None
+            predicted_NPV = self.model.decode_patches(encoded, reading.visible_NK)
+            patches_NPC = to_patches(reading.image_NSS, self.model.patch_size)
+            error_NP = patch_errors(predicted_NPV, patches_NPC, kind=self.model.vision_target)
+            found["mvm"] = (error_NP * placed(reading.hidden_MP, self.model.device)).sum(dim=1)
+        if reading.hidden_ML is not None:
+            found["mlm"] = self._word_totals(encoded, reading, reading.hidden_ML)
+        if reading.asks_anchor and self.start is not None:
+            before = self.start.encode(image_BSS=reading.image_NSS, visible_BK=reading.visible_NK, words_BL=reading.read_NL)
+            found["anchor"] = drift(self.model.pool(reading.modality, encoded), self.model.pool(reading.modality, before))
         return found
 
     def embedding(self, reading: Reading, encoded: Encoded) -> Tensor:
@@ -264,6 +307,17 @@ class Learner:
         places_N = placed(hidden_ML.flatten().nonzero().flatten(), self.model.device)
         logits_NV = self.model.word_head(encoded.tokens["text"].flatten(0, 1)[places_N])
         return masked_word_term(logits_NV, reading.words_ML[hidden_ML])
+
+    def _word_totals(self, encoded: Encoded, reading: Reading, hidden_NL: Tensor) -> Tensor:
+        """Cross-entropy [N] of each study's hidden words."""
+        assert reading.words_ML is not None
+        # The hidden words first, as many places as the study has that hides most; the others' surplus counts nothing.
+        places_NH = hidden_NL.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(hidden_NL.sum(dim=1).max())]
+        counts_NH = placed(hidden_NL.gather(1, places_NH), self.model.device)
+        words_NH = placed(reading.words_ML.gather(1, places_NH), self.model.device)
+        logits_NHV = self.model.word_head(pick(encoded.tokens["text"], placed(places_NH, self.model.device)))
+        error_NH = F.cross_entropy(logits_NHV.float().mT, words_NH, reduction="none")
+        return (error_NH * counts_NH).sum(dim=1)
 
 
 def _first(encoded: Encoded, num: int) -> Encoded:

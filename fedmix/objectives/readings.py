@@ -49,6 +49,17 @@ class Reading:
         cut: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, num_true=len(range(self.num_true)[rows]), **cut)
 
+    def counts(self) -> dict[str, Tensor]:
+        """What each true sequence's terms count, [M] by name: ``weights`` before it is added up, matching apart."""
+        found: dict[str, Tensor] = {}
+        if self.hidden_MP is not None:
+            found["mvm"] = self.hidden_MP.sum(dim=1).float()
+        if self.hidden_ML is not None:
+            found["mlm"] = self.hidden_ML.sum(dim=1).float()
+        if self.asks_anchor:
+            found["anchor"] = torch.ones(len(self))
+        return found
+
     def weights(self) -> dict[str, Tensor]:
         """What the reading's terms count, by name; a term that is not asked for is not there."""
         found: dict[str, Tensor] = {}

@@ -210,7 +210,14 @@ def _privacy_limits(report: Report) -> Iterator[str]:
     delta = "" if privacy.delta is None else f", delta = {privacy.delta:g}"
     unit = f" for each {privacy.unit}" if privacy.unit else ""
     accountant = f", by the {privacy.accountant} accountant" if privacy.accountant else ""
-    yield f"Privacy mode: {privacy.mode}, epsilon = {privacy.epsilon:g}{delta}{unit}{accountant}."
+    relation = f" ({privacy.relation})" if privacy.relation else ""
+    steps = f" after {privacy.steps:.0f} steps" if privacy.steps else ""
+    yield f"Privacy mode: {privacy.mode}, epsilon = {privacy.epsilon:.3g}{delta}{unit}{relation}{accountant}{steps}."
+    if privacy.sites:
+        yield (
+            "Epsilon is the largest site's, by the sites' own word and with the number of their patients taken as known; a "
+            "patient of several sites bears the sum of theirs. No site told its losses, and examples are those expected."
+        )
 
 
 def _trust_limits(report: Report) -> Iterator[str]:

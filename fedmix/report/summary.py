@@ -228,14 +228,31 @@ class Communication(Closed):
     bytes_full_fp32: Count | None
 
 
+class PrivateSite(Open):
+    """What one site's patients have borne, by the site's word: over all rounds and runs in its ledger."""
+
+    name: str
+    epsilon: float
+    epsilon_rdp: float
+    steps: float
+    noise_multiplier: float
+    sample_rate: float
+
+
 class Privacy(Open):
-    """Which protection the updates had; ``unit`` is what one epsilon covers, such as a patient."""
+    """Which protection the updates had; ``unit`` is what one epsilon covers, such as a patient.
+
+    ``relation``: when two data sets are neighbours. ``epsilon`` and ``steps`` are the largest of the sites'.
+    """
 
     mode: str
     epsilon: float | None = None
     delta: float | None = None
     unit: str | None = None
+    relation: str | None = None
     accountant: str | None = None
+    steps: float | None = None
+    sites: tuple[PrivateSite, ...] = ()
 
 
 class Aggregation(Open):

@@ -164,7 +164,7 @@ def site_app(locate: engine.Locate) -> ClientApp:
             first = next(iter(coded.values()), None)
             coded[name] = first or compression.encode({name: change}, {}, wire, chance)[0][name]
         update = Update(place.site, {}, {"image": 0, "text": 0, "paired": STUDIES}, 1)
-        return messages.reply(message, order, update, coded, trained_s=(started, time.time()))
+        return messages.reply(message, order, update, coded, trained_s=(started, time.time()), privacy={})
 
     return app
 

@@ -68,7 +68,8 @@ def test_an_approved_plan_is_kept_byte_for_byte_and_written_down(made: Home, wor
         ({"valid_until": YESTERDAY}, {}, f"was valid until {YESTERDAY}"),
         ({"coordinator": "elsewhere.example:9092"}, {}, "the plan is of coordinator elsewhere.example:9092"),
         ({}, {"max_rounds": 2}, "the plan has 3 rounds, this site's policy gives 2"),
-        ({}, {"privacy": {"secure_sum": True}}, "asks for differential privacy or secure sums"),
+        ({}, {"privacy": {"secure_sum": True}}, "asks for secure sums, which the plan does not have"),
+        ({}, {"privacy": {"epsilon": 3.0}}, "asks for differential privacy, which the plan does not have"),
         ({}, {"groups": ["image.*"]}, "this site's policy does not let"),
     ],
 )

@@ -151,11 +151,31 @@ def test_outside_the_hours_nothing_begins(made: Home, world: World, tmp_path: Pa
     assert gate.admit(made, told(world, plan), now=night).plan == plan
 
 
-def test_privacy_that_no_plan_has_refuses_every_plan(made: Home, world: World, tmp_path: Path) -> None:
+def test_privacy_that_the_plan_lacks_refuses_it(made: Home, world: World, tmp_path: Path) -> None:
     plan = approved(made, written_plan(tmp_path, world))
-    for privacy in ({"mode": "dp", "epsilon": 3.0}, {"secure_sum": True}):
+    for privacy, what in (
+        ({"mode": "dp"}, "differential privacy"),
+        ({"epsilon": 3.0}, "differential privacy"),
+        ({"secure_sum": True}, "secure sums"),
+    ):
         set_policy(made, privacy=privacy)
-        assert "asks for differential privacy or secure sums" in refused(made, told(world, plan))
+        assert f"asks for {what}, which the plan does not have" in refused(made, told(world, plan))
+
+
+def test_a_private_plan_within_the_budget_is_answered_and_the_ledger_holds_its_epsilon(tmp_path: Path) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+    stage = {"name": "all", "rounds": 2, "streams": ["paired"], "local_steps": 2, "batch_size": 4}
+    world = World(tmp_path, values(tmp_path, stages=[stage], privacy={"mode": "dp", "epsilon": 8.0, "noise_multiplier": 4.0}))
+    made = hospital(tmp_path / "west", world, privacy={"mode": "dp", "epsilon": 8.0})
+    plan = approved(made, written_plan(tmp_path, world))
+    reply = answer(made, order(world, "paired", plan=plan, ledger=HEAD, round=1))
+    assert not reply.has_error()
+    spent = reply.content["privacy"]["epsilon"]
+    assert entries(made)[-1]["epsilon"] == spent
+    assert 0.0 < spent < 8.0
+    set_policy(made, privacy={"mode": "dp", "epsilon": 3.0})
+    why = refused(made, order(world, "paired", plan=plan, ledger=HEAD, round=2))
+    assert why == "this site's policy gives an epsilon of 3 at most, the plan asks for 8"
 
 
 def test_too_few_studies_are_refused_without_their_number(made: Home, world: World, tmp_path: Path) -> None:

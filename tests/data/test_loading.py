@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmix import config
 from fedmix.batch import Batch, Study
-from fedmix.data.loading import Sampler, collate, pad, study
+from fedmix.data.loading import PatientSampler, Sampler, collate, pad, study
 from fedmix.data.shard import Shard, ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
@@ -258,3 +258,55 @@ def test_images_are_changed_by_seed_and_step_and_nothing_else_of_the_batch(shard
     assert torch.equal(first.patient, plain.batch(2).patient)
     assert not torch.equal(first.image, other.batch(2).image)
     assert same(Sampler(shard, rows, batch_size=4, seed=0, augment=config.Augment()).batch(2), plain.batch(2))
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Shard:
+    """Sixty images of thirty patients: patient k has k % 3 + 1 of them, scattered over the shard."""
+    path = tmp_path_factory.mktemp("families") / "shard"
+    owners = [patient for patient in range(30) for _ in range(patient % 3 + 1)]
+    settings = {"image_size": SIZE, "tokenizer": Tokenizer.load(), "key": bytes(32), "split_shares": (1.0, 0.0, 0.0)}
+    with ShardWriter(path, **settings) as writer:
+        for number in np.random.default_rng(1).permutation(len(owners)):
+            writer.add(patient=str(owners[number]), study=str(number), image=image_of(int(number)), text=None)
+    return Shard.open(path)
+
+
+def of_patients(shard: Shard, *, most_studies: int = 9, expected: int = 5) -> PatientSampler:
+    return PatientSampler(shard, shard.select("train", "image"), expected=expected, most_studies=most_studies)
+
+
+def test_a_drawn_patient_comes_with_all_of_its_studies_and_nobody_elses(families: Shard) -> None:
+    people = of_patients(families)
+    assert people.num_patients == 30
+    owner = dict(zip(numbers_in_order(families), families.patient.tolist(), strict=True))
+    batch = people.draw(torch.arange(30), torch.Generator().manual_seed(0))
+    assert batch is not None
+    assert batch.image is not None
+    assert batch.patient is not None
+    found = [owner[round(float(image[0, 0]) * 255)] for image in batch.image]
+    assert sorted(found) == sorted(families.patient.tolist())
+    assert len(set(zip(found, batch.patient.tolist(), strict=True))) == 30  # one number a patient, and one patient a number
+
+
+def numbers_in_order(shard: Shard) -> list[int]:
+    """The first pixel of every study."""
+    return [int(shard.images[row][0, 0]) for row in shard.image_row]
+
+
+def test_no_patient_brings_more_studies_than_it_may_and_each_has_its_turn(families: Shard) -> None:
+    people, chance, seen = of_patients(families, most_studies=2), torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        batch = people.draw(torch.arange(30), chance)
+        assert batch is not None
+        assert batch.image is not None
+        assert batch.patient is not None
+        assert int(batch.patient.bincount().max()) == 2
+        seen |= {round(float(image[0, 0]) * 255) for image in batch.image}
+    assert len(seen) == len(families)
+
+
+def test_patients_have_the_chance_that_makes_the_expected_number_of_them(families: Shard) -> None:
+    assert of_patients(families, expected=6).rate == 0.2
+    assert of_patients(families, expected=99).rate == 1.0
+    assert of_patients(families).draw(torch.arange(0), torch.Generator()) is None

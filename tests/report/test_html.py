@@ -206,3 +206,13 @@ def test_long_runs_of_many_sites_stay_small(run_dir: Path) -> None:
         for number in range(1, 801):
             file.writelines(json.dumps(entry | {"round": number}) + "\n" for entry in rows)
     assert write_report(run_dir).stat().st_size < 400_000
+
+
+def test_what_each_sites_patients_have_borne_is_shown(make_run: Callable[..., Path]) -> None:
+    site = {"name": "north", "epsilon": 2.51, "epsilon_rdp": 2.93, "steps": 40.0, "noise_multiplier": 1.1, "sample_rate": 0.05}
+    privacy = {"mode": "dp", "epsilon": 2.51, "delta": 1e-5, "unit": "patient", "relation": "add or remove one patient"}
+    text = words(write_report(make_run(privacy=privacy | {"accountant": "prv", "steps": 40.0, "sites": [site]})))
+    assert "Privacy spent" in text
+    assert "epsilon at delta = 1e-05, add or remove one patient; PRV accountant, RDP as a check." in text
+    assert "north 2.51 2.93 40 1.1 0.05" in text
+    assert "Privacy spent" not in words(write_report(make_run()))

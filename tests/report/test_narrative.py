@@ -90,3 +90,24 @@ def test_re_ranking_that_was_not_done_is_silent_unless_it_was_asked_for() -> Non
     assert narrative.reranking(report(evaluation=asked).evaluation) == [
         "Not re-ranked: the model was never trained on matching."
     ]
+
+
+def test_limits_say_what_an_epsilon_covers_and_by_whose_word() -> None:
+    site = {"name": "north", "epsilon": 2.5, "epsilon_rdp": 2.9, "steps": 40.0, "noise_multiplier": 1.1, "sample_rate": 0.05}
+    privacy = {
+        "mode": "dp",
+        "epsilon": 2.5,
+        "delta": 1e-5,
+        "unit": "patient",
+        "relation": "add or remove one patient",
+        "accountant": "prv",
+        "steps": 40.0,
+        "sites": [site],
+    }
+    text = " ".join(narrative.limits(report(privacy=privacy), None))
+    assert (
+        "epsilon = 2.5, delta = 1e-05 for each patient (add or remove one patient), by the prv accountant after 40 steps"
+        in text
+    )
+    assert "by the sites' own word" in text
+    assert "a patient of several sites bears the sum" in text
