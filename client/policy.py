@@ -81,9 +81,7 @@ class Policy(Part):
         # The plan's epsilon bounds all that the site's privacy ledger holds, of earlier plans too (client/private.py).
         if wanted.epsilon is not None and (offered.epsilon is None or offered.epsilon > wanted.epsilon):
             asked = "no limit" if offered.epsilon is None else f"{offered.epsilon:g}"
-            raise PolicyError(
-                f"this site's policy gives an epsilon of {wanted.epsilon:g} at most, and the plan asks for {asked}"
-            )
+            raise PolicyError(f"this site's policy gives an epsilon of {wanted.epsilon:g} at most, the plan asks for {asked}")
 
     def check_names(self, records: Collection[str], groups: Collection[str], metrics: Collection[str]) -> None:
         """Refuse what holds a record, a parameter group or a metric that may not leave."""

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 PIECE = 16 << 10  # bytes
 BUFFER = 64 << 10  # of a socket: what a sender believes gone while the line still has it
@@ -29,7 +30,7 @@ class _Rate:
 
 
 class Link:
-    """Forwards every connection to ``target``.
+    """Forwards every connection to ``target``, from a port of the loopback interface.
 
     ``up`` and ``down``: bytes that have passed, towards the target and back. ``cuts``: how many bytes have gone up when the
     line is cut; all connections end and new ones are refused for ``outage_s`` seconds.
@@ -39,6 +40,7 @@ class Link:
         self,
         target: tuple[str, int],
         *,
+        port: int = 0,
         bytes_per_s: float | None = None,
         cuts: Sequence[int] = (),
         outage_s: float = 5.0,
@@ -47,7 +49,7 @@ class Link:
         self._target, self._cuts, self._outage_s = target, sorted(cuts), outage_s
         self._rates = {"up": _Rate(bytes_per_s), "down": _Rate(bytes_per_s)}
         self._lock, self._dark_until, self._open = threading.Lock(), 0.0, set[socket.socket]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -111,10 +113,10 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(target: str, **options: object) -> Iterator[Link]:
+def link(target: str, **options: Any) -> Iterator[Link]:
     """A link to ``host:port`` for as long as it is needed."""
     host, _, port = target.rpartition(":")
-    made = Link((host, int(port)), **options)  # type: ignore[arg-type]
+    made = Link((host, int(port)), **options)
     try:
         yield made
     finally:

@@ -86,7 +86,7 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
         yield made
 
 
-@pytest.mark.e2e
+@pytest.mark.slow  # simulations/hospitals.sh is the one that every run of CI starts
 @pytest.mark.timeout(1200)  # every message to a site has a process of its own that imports torch
 def test_a_run_over_real_sites_gives_the_same_weights_and_strangers_nothing(coordinator: Coordinator, tmp_path: Path) -> None:
     world = World(tmp_path / "here", everyone(tmp_path, rounds=1, federation={"deadline_s": 300.0}))
