@@ -38,7 +38,7 @@ def test_cases_have_their_names() -> None:
     assert list(BENCHES["privacy"]) == ["dp_step", "dp_step_float32", "dp_step_text"]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_line_holds_time_and_memory_of_both(work: Work) -> None:
     line = privacy.dp_step("dp_step", work)
     assert json.loads(json.dumps(line)) == line
