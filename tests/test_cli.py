@@ -320,7 +320,7 @@ def test_a_study_is_compared_by_its_methods_and_never_with_a_run(run: Run, tmp_p
 
 
 def table(folder: Path, num_good: int, num_bad: int) -> Path:
-    """A folder with a CSV and its pictures, some of which are none; beside it a site's key, so that splits are always the same."""
+    """A folder with a CSV and its pictures, some of which are none; beside it a site key, so that splits stay the same."""
     (folder / "images").mkdir(parents=True)
     (folder.parent / "site.key").write_bytes(bytes(range(32)))
     (folder.parent / "site.key").chmod(0o600)
