@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PIECE = 16 << 10  # bytes
@@ -51,7 +51,8 @@ class Link:
         self._lock, self._dark_until, self._open = threading.Lock(), 0.0, set[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", port))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._begin(self._accept)
 
     def cut(self) -> None:
         """End every connection, and refuse new ones for a while."""
@@ -66,14 +67,22 @@ class Link:
     def close(self) -> None:
         """Stop listening, and end what is connected."""
         self._outage_s = float("inf")
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
         self._listener.close()
         self.cut()
+        for thread in self._threads:
+            thread.join(5.0)
+
+    def _begin(self, job: Callable[..., None], *arguments: Any) -> None:
+        self._threads.append(threading.Thread(target=job, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
             while True:
                 near, _ = self._listener.accept()
-                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+                self._begin(self._connect, near)
 
     def _connect(self, near: socket.socket) -> None:
         try:
@@ -87,20 +96,26 @@ class Link:
         near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         with self._lock:
             self._open |= {near, far}
-        threading.Thread(target=self._pump, args=(near, far, "up"), daemon=True).start()
-        self._pump(far, near, "down")
+        with near, far:
+            up = threading.Thread(target=self._pump, args=(near, far, "up"), daemon=True)
+            up.start()
+            self._pump(far, near, "down")
+            up.join()
 
     def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while piece := source.recv(PIECE):
                 self._rates[direction].wait(len(piece))
                 sink.sendall(piece)
                 self._count(direction, len(piece))
-        for one in (source, sink):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+            sink.shutdown(socket.SHUT_WR)  # the other direction may have more to say
+        except OSError:  # cut, or ended by one side
+            for one in (source, sink):
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+        finally:
             with self._lock:
-                self._open.discard(one)
+                self._open.discard(source)
 
     def _count(self, direction: str, num_bytes: int) -> None:
         with self._lock:
