@@ -114,18 +114,45 @@ def _run(group: Group, link: Link, name: str, watch: Watch) -> None:
         Path(environment["FLWR_HOME"]) / "config.toml", {"address": link.address, "insecure": True}, table="superlink.here"
     )
     start = ["flwr", "run", str(bundle), "here", "--stream", "--run-config", str(run_config)]
-    for row in _rows(group.read(start, environment, log=link.logs / "run.log"), link.logs / "app.log"):
-        watch(row)
-    listed = group.read(["flwr", "list", "here", "--format", "json"], environment, log=link.logs / "list.log")
-    state, details = _state(listed)
-    if state != "finished:completed":
-        cause = details.removeprefix(FAILED) if details.startswith(FAILED) else f"the run ended as {state}"
+    num_seen = _show(group.read(start, environment, log=link.logs / "run.log"), 0, link, watch)
+    while (run := _listed(group, link, environment)).is_going_on:  # a busy link may break the stream off
+        again = group.read(["flwr", "log", run.number, "here", "--stream"], environment, log=link.logs / "log.log")
+        num_seen = max(num_seen, _show(again, num_seen, link, watch))
+    if run.state != "finished:completed":
+        cause = run.details.removeprefix(FAILED) if run.details.startswith(FAILED) else f"the run ended as {run.state}"
         raise RunError(f"{cause}; the logs under {LOGS}/ in the run folder have the details")
+
+
+def _show(lines: Iterable[bytes], num_seen: int, link: Link, watch: Watch) -> int:
+    """Show the rows of a stream but the first, which were seen already; returns how many rows it had."""
+    count = 0
+    for count, row in enumerate(_rows(lines, link.logs / "app.log"), start=1):
+        if count > num_seen:
+            watch(row)
+    return count
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The only run of a SuperLink, in Flower's words; ``unknown`` if it could not be told."""
+
+    number: str
+    state: str
+    details: str
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether it will go further."""
+        return self.state != "unknown" and not self.state.startswith("finished")
+
+
+def _listed(group: Group, link: Link, environment: Mapping[str, str]) -> Listed:
+    return _read_list(group.read(["flwr", "list", "here", "--format", "json"], environment, log=link.logs / "list.log"))
 
 
 def _rows(lines: Iterable[bytes], log: Path) -> Iterator[dict[str, Any]]:
     """The rows among what a ServerApp prints; everything else goes to a log file."""
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         for line in lines:
             row = None
             with contextlib.suppress(ValueError):
@@ -136,13 +163,12 @@ def _rows(lines: Iterable[bytes], log: Path) -> Iterator[dict[str, Any]]:
                 file.write(line)
 
 
-def _state(lines: Iterable[bytes]) -> tuple[str, str]:
-    """How the only run of a SuperLink ended, in Flower's words."""
+def _read_list(lines: Iterable[bytes]) -> Listed:
     try:
         run = json.loads(b"".join(lines))["runs"][0]
-        return str(run["status"]), str(run["status-details"])
+        return Listed(str(run["run-id"]), str(run["status"]), str(run["status-details"]))
     except (ValueError, KeyError, IndexError):
-        return "unknown", ""
+        return Listed("", "unknown", "")
 
 
 def _write_toml(path: Path, values: Mapping[str, str | bool], *, table: str | None = None) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from federations import processes_with
 from little import World, everyone, processes_of
 
 from fedmix.errors import RunError
+from fedmix.federation.update import digest
+from server.store import RunStore
 from simulations import superlink
 from simulations.superlink import run_on_superlink
 
@@ -30,12 +37,39 @@ def test_rows_are_told_from_whatever_else_is_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"{}", b'{"runs": []}', b"no json"])
 def test_a_link_that_cannot_tell_how_a_run_ended_is_not_believed_to_have_completed_it(answer: bytes) -> None:
-    assert superlink._state([answer]) == ("unknown", "")
+    listed = superlink._read_list([answer])
+    assert (listed.state, listed.is_going_on) == ("unknown", False)
 
 
 def test_free_ports_differ() -> None:
     ports = superlink.free_ports(20)
     assert len(set(ports)) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_stream_breaks_off_is_followed_to_its_end(tmp_path: Path) -> None:
+    """A busy SuperLink ends `flwr run --stream` with an error while the run goes on."""
+    world = World(tmp_path / "here", everyone(tmp_path, rounds=2, federation={"deadline_s": 300.0}))
+    expected = digest(world.run().parameters)
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(world.experiment.to_yaml())
+    places = [replace(place, experiment=folder / "config.yaml", state=folder / "sites" / place.site) for place in world.places]
+    seen: list[tuple[str, int]] = []
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if not seen:
+            (following,) = processes_with("flwr\0run\0", folder.parent)
+            os.kill(following, signal.SIGKILL)
+        seen.append((row["event"], row["round"]))
+
+    run_on_superlink(folder, places, threads_per_site=1, watch=watch)
+    committed = RunStore(folder, world.experiment, resume=True).latest()
+    assert committed is not None
+    assert digest(committed.parameters) == expected
+    assert [number for event, number in seen if event == "round"] == [1, 2]
+    assert len([one for one in seen if one[0] == "site"]) == 6
 
 
 @pytest.mark.slow
