@@ -15,7 +15,6 @@ import numpy as np
 from client import gate, parameters
 from client.home import DIGEST, Home
 from fedmix import config
-from fedmix.config import MAX_CONFIG_BYTES
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import plan as plans
 from fedmix.disk import flush, reason_of
@@ -67,7 +66,7 @@ def approve(home: Home, path: Path) -> str:
     The bytes are read once: what is checked is what is kept. Raises PolicyError or ConfigError where the plan is not for this
     site, this code or this time, or is more than the policy gives to one plan.
     """
-    content = _content(path)
+    content = plans.content_of(path)
     digest = hashlib.sha256(content).hexdigest()
     partial = home.plans / "approving.partial"
     try:
@@ -89,7 +88,7 @@ def approve(home: Home, path: Path) -> str:
 
 def deny(home: Home, plan: str) -> str:
     """Refuse a plan, by its file or its digest, for good; one that was approved ends at its next message."""
-    digest = plan if DIGEST.fullmatch(plan) else hashlib.sha256(_content(Path(plan))).hexdigest()
+    digest = plan if DIGEST.fullmatch(plan) else hashlib.sha256(plans.content_of(Path(plan))).hexdigest()
     denied = home.denied()
     if digest not in denied:
         partial = home.plans / "denied.partial"
@@ -100,17 +99,6 @@ def deny(home: Home, plan: str) -> str:
     home.approved(digest).unlink(missing_ok=True)
     home.ledger().append("denied", plan=digest)
     return digest
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the plan: {reason_of(error)}") from None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"the plan holds more than {MAX_CONFIG_BYTES} bytes; a plan is pages, not megabytes")
-    return content
 
 
 def _hindrances(home: Home, plan: plans.Plan, digest: str) -> Iterator[str]:

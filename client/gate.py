@@ -10,7 +10,6 @@ The ledger has an entry for every message, on the disk before the message is ans
 from __future__ import annotations
 
 import datetime
-import hashlib
 import io
 import math
 import os
@@ -32,6 +31,7 @@ from client.policy import Policy
 from fedmix import config
 from fedmix.data.shard import Shard
 from fedmix.deployment import plan as plans
+from fedmix.deployment.ledger import measured
 from fedmix.disk import reason_of
 from fedmix.errors import FedmixError, LedgerError, PolicyError, RunError, UpdateError
 from fedmix.federation import screening
@@ -203,9 +203,9 @@ def _release(
     metrics = sorted(content["metrics"]) if kind != "query" else []
     admitted.policy.check_names(content.keys(), groups.keys(), metrics)
     place["ledger"] = NO_HEAD_YET
-    measured = _measured(answer)
-    _check_amount(home, admitted, measured["bytes"])
-    facts = {**_facts(message), "direction": "out", **measured, "groups": groups, "metrics": metrics}
+    size = _measured(answer)
+    _check_amount(home, admitted, size["bytes"])
+    facts = {**_facts(message), "direction": "out", **size, "groups": groups, "metrics": metrics}
     epsilon = content.metric_records["privacy"]["epsilon"] if "privacy" in content else None
     place["ledger"] = home.ledger().append("sent", **facts, norm=norm, epsilon=epsilon)
     return answer
@@ -347,14 +347,9 @@ def _record(message: Message, name: str) -> Mapping[str, Any]:
 def _measured(message: Message) -> dict[str, Any]:
     """A message's bytes as Flower sends them, the number of objects that they are sent as, and the hash of its arrays."""
     if not message.has_content():
-        return {"bytes": 0, "objects": 0, "sha256": ""}
+        return measured((), ())
     with no_object_id_recompute():
-        objects = get_all_nested_objects(message)
-        num_bytes = sum(len(each.deflate()) for each in objects.values())
-    seen = hashlib.sha256()
-    for record in message.content.values():  # not .array_records, which holds the content in a reference cycle
-        if isinstance(record, ArrayRecord):
-            for name in sorted(record):
-                seen.update(f"{name}\n".encode())
-                seen.update(record[name].data)
-    return {"bytes": num_bytes, "objects": len(objects), "sha256": seen.hexdigest()}
+        sizes = [len(each.deflate()) for each in get_all_nested_objects(message).values()]
+    # Not .array_records, which holds the content in a reference cycle.
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    return measured(sizes, ((name, record[name].data) for record in records for name in sorted(record)))

@@ -6,7 +6,6 @@ holds the head that the site sent. So neither side can cut its ledger short with
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
-from fedmix.deployment.ledger import Ledger
+from fedmix.deployment.ledger import Ledger, measured
 from fedmix.federation.update import group_of
 from server.messages import Order, Reply
 
@@ -55,21 +54,16 @@ class Books:
         self._append("received", message, order.site.name, facts | said)
 
     def _append(self, event: str, message: Message, site: str, facts: Mapping[str, Any]) -> str:
-        said = {"peer": site, "kind": message.metadata.message_type, "plan": self.plan} | measured(message)
+        said = {"peer": site, "kind": message.metadata.message_type, "plan": self.plan} | _measured(message)
         return self.ledger.append(event, **said, **facts)
 
 
-def measured(message: Message) -> dict[str, Any]:
+def _measured(message: Message) -> dict[str, Any]:
     """A message's bytes as Flower sends them, the number of objects that they are sent as, and the hash of its arrays."""
     if not message.has_content():
-        return {"bytes": 0, "objects": 0, "sha256": ""}
+        return measured((), ())
     with no_object_id_recompute():
-        objects = get_all_nested_objects(message)
-        num_bytes = sum(len(each.deflate()) for each in objects.values())
-    seen = hashlib.sha256()
-    for record in message.content.values():  # not .array_records, which holds the content in a reference cycle
-        if isinstance(record, ArrayRecord):
-            for name in sorted(record):
-                seen.update(f"{name}\n".encode())
-                seen.update(record[name].data)
-    return {"bytes": num_bytes, "objects": len(objects), "sha256": seen.hexdigest()}
+        sizes = [len(each.deflate()) for each in get_all_nested_objects(message).values()]
+    # Not .array_records, which holds the content in a reference cycle.
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    return measured(sizes, ((name, record[name].data) for record in records for name in sorted(record)))

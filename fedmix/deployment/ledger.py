@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -132,6 +132,18 @@ def verify(path: Path, *, peer: Path | None = None, name: str | None = None) -> 
     if peer is not None:
         _compare(set(hashes), peer, name)
     return found
+
+
+def measured(sizes: Iterable[int], arrays: Iterable[tuple[str, bytes]]) -> dict[str, Any]:
+    """What an entry says of a message's content, alike at both ends: its bytes, the number of objects, its arrays' hash.
+
+    ``sizes``: bytes of each object that it travels as; ``arrays``: names and bytes, in an order that both ends have.
+    """
+    sizes, seen = list(sizes), hashlib.sha256()
+    for name, data in arrays:
+        seen.update(f"{name}\n".encode())
+        seen.update(data)
+    return {"bytes": sum(sizes), "objects": len(sizes), "sha256": seen.hexdigest() if sizes else ""}
 
 
 def head_file(path: Path) -> Path:

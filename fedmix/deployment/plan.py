@@ -121,7 +121,7 @@ def write(plan: Plan, path: Path) -> str:
 
 def read(path: Path) -> Plan:
     """Read a plan, and check that its parts agree. Raises ConfigError that says what is wrong and what to do."""
-    values = read_yaml(_bytes_of(path).decode("utf-8", errors="replace"), "the plan")
+    values = read_yaml(content_of(path).decode("utf-8", errors="replace"), "the plan")
     try:
         plan = Plan.model_validate(values)
     except ValidationError as error:
@@ -134,9 +134,21 @@ def read(path: Path) -> Plan:
     return plan
 
 
+def content_of(path: Path) -> bytes:
+    """A plan's exact bytes. Raises ConfigError if it cannot be read, or is larger than any plan."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read the plan: {reason_of(error)}") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"the plan holds more than {MAX_CONFIG_BYTES} bytes; a plan is pages, not megabytes")
+    return content
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a plan's exact bytes, in hexadecimal digits."""
-    return hashlib.sha256(_bytes_of(path)).hexdigest()
+    return hashlib.sha256(content_of(path)).hexdigest()
 
 
 def code_hash() -> str:
@@ -153,17 +165,6 @@ def lock_hash() -> str:
     """SHA-256 over the sorted name==version of everything that is installed beside this Python."""
     installed = {(re.sub(r"[-_.]+", "-", one.name).lower(), one.version) for one in metadata.distributions()}
     return hashlib.sha256("\n".join(f"{name}=={version}" for name, version in sorted(installed)).encode()).hexdigest()
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the plan: {reason_of(error)}") from None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"the plan holds more than {MAX_CONFIG_BYTES} bytes; a plan is pages, not megabytes")
-    return content
 
 
 def _code_files() -> Iterator[tuple[str, Path]]:
