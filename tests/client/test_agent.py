@@ -45,6 +45,7 @@ def test_two_agents_of_different_homes_take_different_ports(made: Home, tmp_path
 
 def test_one_home_has_one_agent(made: Home) -> None:
     assert not agent.is_running(made)
+    assert not (made.folder / "agent.lock").exists()  # who asks may be another user, whose file the agent could not hold
     with agent._alone(made):
         assert agent.is_running(made)
         with pytest.raises(RunError, match="an agent runs on this home already"):
