@@ -50,6 +50,11 @@ class Supervisor:
             finally:
                 self._end()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop; what ends from now on was asked to."""
+        return self._is_stopping
+
     def stop(self) -> None:
         """Have ``run`` end the programs and return; from any thread or signal handler."""
         self._is_stopping = True
