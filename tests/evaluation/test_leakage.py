@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from evaluation_toys import ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw, write
+from memorised import Same, TinyVocabulary
 
 from fedmix import config
 from fedmix.batch import Batch
@@ -23,24 +23,6 @@ from fedmix.model.encoder import MixedModel
 
 NUM = 60  # studies on either side
 SETTINGS = AuditSettings(num_draws=3, num_bootstrap=200)
-
-
-class TinyVocabulary:
-    vocab_size, mask_id = tiny.VOCABULARY, tiny.MASK
-    special_ids = frozenset(range(tiny.FIRST_WORD))
-
-    def encode(self, texts: list[str], max_words: int) -> list[list[int]]:
-        raise AssertionError("an audit encodes no text")
-
-
-@dataclass(frozen=True)
-class Same:
-    """The same pairs at every step: the surest way to learn them by heart."""
-
-    pairs: Batch
-
-    def batch(self, step: int) -> Batch:
-        return self.pairs
 
 
 @pytest.fixture(scope="module")
