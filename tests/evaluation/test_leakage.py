@@ -15,7 +15,7 @@ from memorised import Same, TinyVocabulary
 from fedmix import config
 from fedmix.batch import Batch
 from fedmix.errors import ConfigError, DataError
-from fedmix.evaluation.leakage import audit, relinkage_report
+from fedmix.evaluation.leakage import audit, relinkage_report, update_report
 from fedmix.evaluation.membership import AuditSettings, membership_scores, patient_scores
 from fedmix.evaluation.subjects import Subjects
 from fedmix.federation.local import Assignment, train
@@ -92,6 +92,27 @@ def test_an_audit_twice_is_the_same_and_leaves_the_model_as_it_was(overfitted: M
     assert first == again
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- a site's update
+
+
+def test_an_update_gives_its_members_and_their_words_away(overfitted: MixedModel, subjects: Subjects) -> None:
+    seen = np.unique(np.concatenate(subjects.words_of(np.flatnonzero(subjects.is_member))))
+    report = update_report((tiny.model(), overfitted), subjects, TinyVocabulary(), seen, settings=SETTINGS)
+    assert report["membership"]["patient"]["auc"] > 0.9
+    low, high = report["membership"]["patient"]["control"]["auc_ci95"]
+    assert low < 0.5 < high, "the model before the steps saw nobody"
+    assert report["words"]["recall"] > 0.9
+    still = update_report((overfitted, overfitted), subjects, TinyVocabulary(), seen, settings=SETTINGS)
+    assert still["membership"]["patient"]["auc"] == 0.5
+    assert still["words"]["num_recovered"] == 0
+    assert "words" not in update_report((overfitted, overfitted), subjects, TinyVocabulary(), seen[:0], settings=SETTINGS)
+
+
+def test_models_of_different_widths_are_no_update(subjects: Subjects) -> None:
+    with pytest.raises(DataError, match="two of one run"):
+        update_report((tiny.model(width=16), tiny.model()), subjects, TinyVocabulary(), np.arange(9))
 
 
 # ---- scores
