@@ -526,7 +526,7 @@ def test_canaries_are_planted_and_looked_for_and_an_update_is_audited(model: Pat
     assert "Planted texts" in out
     assert "Words of an update" in out
     assert "are nothing; give --words or --size" in sentence(run("canaries", "--out", "none", "--size", 0, "--words", 0))
-    assert "canaries/shard is there already" in sentence(run("canaries", "--out", "canaries", "--size", 48))
+    assert "there is a shard in this place already" in sentence(run("canaries", "--out", "canaries", "--size", 48))
 
 
 # ---- whole runs
