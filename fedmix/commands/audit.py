@@ -15,7 +15,9 @@ from fedmix.commands.consoles import error_console, out_console
 from fedmix.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedmix.data.shard import Shard
     from fedmix.data.tokenizer import Tokenizer
+    from fedmix.evaluation.subjects import Subjects
     from fedmix.model.encoder import MixedModel
     from fedmix.model.folder import Sizes
 
@@ -76,21 +78,14 @@ def audit(
     from fedmix.model.folder import load_model
 
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be
-    attacked, sizes, tokenizer = loaded = load_model(model)
+    attacked, _, tokenizer = loaded = load_model(model)
     compared = None if reference is None else _of_its_kind(reference, loaded, "the reference")
     ends = None
     if update is not None:
         ends = _of_its_kind(update[0], loaded, "BEFORE"), _of_its_kind(update[1], loaded, "AFTER")
     plan = None if canaries is None else Plan.read(canaries)
     trained, outside = ([Shard.open(path) for path in side] for side in (members, non_members))
-    people = subjects.of_shards(
-        trained,
-        outside,
-        image_size=sizes.image_size,
-        tokenizer=tokenizer.fingerprint,
-        most_patients=most_patients,
-        seed=seed,
-    )
+    people = _people(trained, outside, loaded, most_patients=most_patients, seed=seed)
     settings = AuditSettings(num_draws=draws, delta=delta, seed=seed)
     with error_console.status("attacking"):
         found = leakage.audit(attacked, people, tokenizer, reference=compared, settings=settings)
@@ -134,6 +129,21 @@ def canaries(
     plan.write(out / "canaries.json")
     num = f"{len(plan.times_of)} canaries of {plan.times_of.sum()} patients"
     out_console.print(Text(f"wrote {out / 'shard'}: {num}, and {out / 'canaries.json'}"), soft_wrap=True)
+
+
+def _people(trained: list[Shard], outside: list[Shard], attacked: Loaded, *, most_patients: int, seed: int) -> Subjects:
+    """Whom the audit asks about; shards that the model cannot read are refused."""
+    from fedmix.evaluation import subjects
+
+    _, sizes, tokenizer = attacked
+    return subjects.of_shards(
+        trained,
+        outside,
+        image_size=sizes.image_size,
+        tokenizer=tokenizer.fingerprint,
+        most_patients=most_patients,
+        seed=seed,
+    )
 
 
 def _of_its_kind(folder: Path, attacked: Loaded, what: str) -> MixedModel:
