@@ -2,7 +2,8 @@
 
 The planted ones (fedmix/data/planted.py) are ranked among many that were never planted. A masked model has no likelihood of a
 text; the sum over words, each hidden in turn and told from all others, stands in (Salazar et al. 2020, 1910.14659). A picture
-is ranked by how closely the model draws it from a tenth of its patches.
+is ranked by how closely the model draws it from a tenth of its patches. Exposure counts all that was learnt of a canary: of a
+text also that its words occur at all, where no report of the site uses them.
 """
 
 from __future__ import annotations

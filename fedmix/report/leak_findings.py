@@ -176,7 +176,7 @@ def canaries(kind: str, block: Values) -> Finding:
 def canary_meaning(block: Values) -> str:
     """What it means, in one sentence."""
     if not is_exposed(block):
-        return "Not told apart from others that were drawn alike: what few patients hold is not learnt by heart."
+        return "Not told apart from others that were drawn alike; a little memory may be missed with so few planted."
     if block["by_times"].get("1", {"p_value": 1.0})["p_value"] < ALPHA:
         return "Learnt by heart, even what a single patient held: so may be what sets one real patient apart."
     return "Learnt by heart where several patients held the same; what a single one held was not told apart."

@@ -168,7 +168,7 @@ def test_canaries_and_an_update_are_told_with_what_they_mean(tmp_path: Path) -> 
     text = words(write_leakage(tmp_path / "leakage.html", values))
     for sentence in (
         "Learnt by heart where several patients held the same; what a single one held was not told apart.",
-        "what few patients hold is not learnt by heart",
+        "a little memory may be missed",
         "held by 8 patients 6.9 bits",
         "8 planted among 511 never planted",
         "14.2 dB, others 14.1 dB",
