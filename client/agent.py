@@ -52,7 +52,9 @@ MEANINGS = {
     "SuperNode ID:": Meaning("connected to the coordinator"),
     "Received successfully": Meaning("a message arrived; working on it"),
     "Sent successfully": Meaning("answered"),
-    "Connection attempt failed": Meaning("the coordinator does not answer; trying again"),
+    "Connection attempt failed": Meaning(
+        "the coordinator does not answer; trying again, and `fedmix site doctor` says how far a call gets"
+    ),
     "Connection refused": Meaning("nobody listens at the coordinator's address; it may be down for a moment"),
     "Name or service not known": Meaning(
         "the coordinator's name is not found", "ask for the right name, or have your DNS or /etc/hosts know it"
@@ -89,11 +91,11 @@ def run(home: Home, say: Callable[[str], None]) -> None:
     Raises RunError if one runs already or its port is taken, and ConfigError where the home is not whole.
     """
     home.policy()  # what it would refuse at every message it refuses now
-    with _alone(home) as standing:
+    with _alone(home) as file:
         _check_free(home.settings().port)
         programs, ledger = programs_of(home), home.ledger()
         supervisor = Supervisor(programs, on_event=lambda name, what: say(f"{name}: {what}"))
-        telling = _Telling(say, standing, lambda: supervisor.is_stopping)
+        telling = _Telling(say, file, lambda: supervisor.is_stopping)
         ledger.append("started")
         say(f"dialling {home.settings().coordinator} as {home.settings().name}; logs are in {home.logs}")
         with _listening(programs[0].log, telling.hear):
@@ -133,18 +135,18 @@ def known_words(text: str) -> str | None:
 class _Telling:
     """Says what the words of a SuperNode mean; the newest stand in a file as well, for whoever asks how the agent stands."""
 
-    def __init__(self, say: Callable[[str], None], standing: IO[str], is_stopping: Callable[[], bool]) -> None:
-        self._say, self._standing, self._is_stopping, self._last = say, standing, is_stopping, ""
-        standing.truncate(0)
+    def __init__(self, say: Callable[[str], None], file: IO[str], is_stopping: Callable[[], bool]) -> None:
+        self._say, self._file, self._is_stopping, self._last = say, file, is_stopping, ""
+        file.truncate(0)
 
     def hear(self, words: str) -> None:
         """Tell known words, unless they are those that were told last, or say of an end that it was asked for."""
         if words == self._last or (words == TURNED_DOWN and self._is_stopping()):
             return
         self._last = words
-        self._standing.truncate(0)
-        self._standing.write(words)
-        self._standing.flush()
+        self._file.truncate(0)
+        self._file.write(words)
+        self._file.flush()
         self._say(f"{SUPERNODE}: {MEANINGS[words]}")
 
 

@@ -91,7 +91,9 @@ def listeners() -> Iterator[str]:
                 words = bytes.fromhex(fields[1].partition(":")[0])
                 # Each group of four bytes is written as a number of this machine's.
                 raw = b"".join(struct.pack(">I", *struct.unpack_from("=I", words, at)) for at in range(0, len(words), 4))
-                yield str(ipaddress.ip_address(raw))
+                address = ipaddress.ip_address(raw)
+                # gRPC listens on IPv4 addresses as IPv6 writes them.
+                yield str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def counts() -> dict[str, int]:

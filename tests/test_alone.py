@@ -13,6 +13,9 @@ pytestmark = pytest.mark.skipif(not can_be_alone(), reason="this machine lets it
 NOTHING = {"IpOutNoRoutes": 0, "Ip6OutNoRoutes": 0, "UdpOutDatagrams": 0, "Udp6OutDatagrams": 0}
 QUIET = """
 import socket
+mapped = socket.socket(socket.AF_INET6)
+mapped.bind(("::ffff:127.0.0.1", 0))
+mapped.listen()
 one = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(("localhost", one.getsockname()[1])).close()
 time.sleep(0.3)
@@ -53,6 +56,7 @@ def test_a_packet_that_is_meant_for_elsewhere_is_counted(what: str, counted: str
     [
         ("one = socket.create_server(('0.0.0.0', 0)); time.sleep(0.5)", "0.0.0.0"),
         ("one = socket.create_server(('::', 0), family=socket.AF_INET6); time.sleep(0.5)", "::"),
+        ("one = socket.socket(socket.AF_INET6); one.bind(('::ffff:0.0.0.0', 0)); one.listen(); time.sleep(0.5)", "0.0.0.0"),
         ("one = socket.socket(type=socket.SOCK_DGRAM); one.bind(('', 0)); time.sleep(0.5)", "0.0.0.0"),
     ],
 )

@@ -56,7 +56,7 @@ def found(made: Federation, world: World) -> None:
 def said(made: Federation, agent: Program, name: str, cause: tuple[str, str]) -> None:
     """Wait until a site's SuperNode has met a cause; its agent has to say it soon after."""
     log = made.folder / name / "logs/supernode.log"
-    waited_until(lambda: cause[0] in log.read_text(errors="replace"), START_S)
+    waited_until(lambda: log.exists() and cause[0] in log.read_text(errors="replace"), START_S)
     began = time.monotonic()
     waited_until(lambda: cause[1] in agent.said(), SAID_S)
     print(f"{name}: said {time.monotonic() - began:.1f} s after it was known")
