@@ -75,7 +75,8 @@ def programs_of(home: Home) -> list[Program]:
     executor += ["--insecure", "--runtime-api-address", f"{LOOPBACK}:{port}", *own]
     return [
         Program(SUPERNODE, supernode, environment, home.logs / f"{SUPERNODE}.log"),
-        Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log"),
+        # With a SuperNode goes what it was answering; nothing trains on for nobody while the same round is asked again.
+        Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log", works_for=SUPERNODE),
     ]
 
 
