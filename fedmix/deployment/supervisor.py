@@ -50,7 +50,7 @@ class Supervisor:
                 while not self._is_stopping:
                     for one in self._kept:
                         if one.look_after():
-                            self._end_those_of(one.name)
+                            self._end_those_of(one.program)
                     time.sleep(POLL_S)
             finally:
                 self._end()
@@ -64,9 +64,9 @@ class Supervisor:
         """Have ``run`` end the programs and return; from any thread or signal handler."""
         self._is_stopping = True
 
-    def _end_those_of(self, name: str) -> None:
+    def _end_those_of(self, ended: Program) -> None:
         for one in self._kept:
-            if one.works_for == name:
+            if one.program.works_for == ended.name:
                 one.end(time.monotonic())
 
     def _end(self) -> None:
@@ -98,20 +98,10 @@ class _Kept:
     """
 
     def __init__(self, program: Program, on_event: Callable[[str, str], None]) -> None:
-        self._program, self._on_event = program, on_event
+        self.program, self._on_event = program, on_event
         self._process: subprocess.Popen[bytes] | None = None
         self._group: Group | None = None
         self._pause_s, self._started, self._next_start = FIRST_PAUSE_S, 0.0, 0.0
-
-    @property
-    def name(self) -> str:
-        """The program's."""
-        return self._program.name
-
-    @property
-    def works_for(self) -> str:
-        """The program's."""
-        return self._program.works_for
 
     def look_after(self) -> bool:
         """Start the program if it is time to, or take note that it has ended; whether it has."""
@@ -123,7 +113,7 @@ class _Kept:
             if now - self._started >= HEALTHY_S:
                 self._pause_s = FIRST_PAUSE_S
             self._next_start = now + self._pause_s
-            self._on_event(self._program.name, f"{_ending(code)}; starts again in {self._pause_s:.0f} s")
+            self._on_event(self.program.name, f"{_ending(code)}; starts again in {self._pause_s:.0f} s")
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return True
         return False
@@ -140,10 +130,10 @@ class _Kept:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
         self._bury()
-        self._on_event(self._program.name, "stopped")
+        self._on_event(self.program.name, "stopped")
 
     def _start(self, now: float) -> None:
-        program = self._program
+        program = self.program
         program.log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if program.log.stat().st_size > MAX_LOG_BYTES:

@@ -8,13 +8,15 @@ import random
 import resource
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from federations import START_S, Federation, federation, processes_with
+from federations import START_S, Federation, Program, federation, processes_with
 from links import link
-from little import SITES, World, everyone, values, waited_until
+from little import SITES, World, everyone, waited_until
 
 from fedmix.federation.update import digest
 from server.store import RunStore
@@ -79,10 +81,13 @@ def test_an_unbroken_line_carries_what_the_ledgers_say_within_a_hundredth(tmp_pa
         assert carried == pytest.approx(written, rel=0.01)
 
 
-def kill(text: str, home: Path) -> None:
-    """SIGKILL to the first program of a home with this in its command line, if one runs."""
+def kill(text: str, home: Path) -> bool:
+    """SIGKILL to the first program of a home with this in its command line; whether there is one."""
     for pid in processes_with(text, home)[:1]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 def orders(made: Federation, name: str) -> int:
@@ -95,6 +100,11 @@ def rows(run: Path, event: str, site: str | None) -> list[dict[str, Any]]:
     path = run / "events.jsonl"
     told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row for row in told if (row["event"], row["site"]) == (event, site)]
+
+
+def told_why(run: Path, site: str, why: str) -> bool:
+    """Whether a run has told that a site was dropped for this reason."""
+    return any(why in row["why"] for row in rows(run, "dropped", site))
 
 
 def begun(made: Federation) -> Path:
@@ -113,46 +123,75 @@ def agree(made: Federation) -> None:
         made.site(name, "audit", "verify", "--peer", made.hub / "ledger.jsonl")
 
 
-@pytest.mark.slow
-def test_a_killed_serverapp_and_a_pause_before_the_run_end_it_with_words_and_resume_goes_on_to_the_bit(tmp_path: Path) -> None:
-    wanted = values(tmp_path, federation={"deadline_s": 600.0, "max_failed_rounds": 20})
-    world = World(tmp_path / "here", wanted)
-    expected = digest(world.run().parameters)
-    with federation(tmp_path / "there", world, wanted) as made:
-        plan = begun(made)
-        run = made.hub / "runs/little"
-        first = made.start("run.log", "server", "run", plan, "--home", made.hub)
-        waited_until(lambda: (run / "checkpoints/round-00001").is_dir(), START_S)
-        killed = time.monotonic()
-        kill("flwr-serverapp", made.hub)
-        assert first.ended() == 1
-        assert time.monotonic() - killed < 30.0
-        assert "the ServerApp ended without a word (killed, or out of memory?); go on with --resume" in first.said()
-        made.site("west", "pause")
-        second = made.start("again.log", "server", "run", plan, "--resume", "--home", made.hub)
-        assert second.ended() == 1
-        assert "site west: this site is paused" in second.said()
-        made.site("west", "resume")
-        assert made.start("last.log", "server", "run", plan, "--resume", "--home", made.hub).ended() == 0
-        assert trained(run, world) == expected
-        agree(made)
+def superlink_dies(made: Federation, ran: Program) -> None:
+    """Kill the SuperLink while hospitals train; whoever watches says so, and that it waits."""
+    before = orders(made, "west")
+    waited_until(lambda: orders(made, "west") > before, START_S)
+    kill("server.superlink", made.hub)
+    waited_until(lambda: "the SuperLink does not answer" in ran.said(), START_S)
+
+
+@contextmanager
+def full_disk(home: Path) -> Iterator[None]:
+    """Nothing that trains at a hospital can write a file beyond a limit, which stands for a disk without room."""
+    (executor,) = processes_with("client.runner\0execute", home)
+    resource.prlimit(executor, resource.RLIMIT_FSIZE, (SMALL_FILES, resource.RLIM_INFINITY))
+    yield
+    resource.prlimit(executor, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def serverapp_dies(made: Federation, ran: Program) -> None:
+    """Kill the ServerApp; half a minute later whoever watches has said so, and how to go on."""
+    killed = time.monotonic()
+    kill("flwr-serverapp", made.hub)
+    assert ran.ended() == 1
+    assert time.monotonic() - killed < 30.0
+    assert "the ServerApp ended without a word (killed, or out of memory?); go on with --resume" in ran.said()
 
 
 @pytest.mark.slow
-def test_a_superlink_that_is_killed_while_sites_train_is_back_before_the_run_misses_it(tmp_path: Path) -> None:
+def test_a_run_outlives_its_superlink_its_serverapp_a_pause_and_a_full_disk_and_ends_with_the_same_weights(
+    tmp_path: Path,
+) -> None:
     wanted = everyone(tmp_path, rounds=3, federation=ENDURING)
     world = World(tmp_path / "here", wanted)
     expected = digest(world.run().parameters)
     with federation(tmp_path / "there", world, wanted) as made:
-        plan = begun(made)
-        ran = made.start("run.log", "server", "run", plan, "--home", made.hub)
-        for number in (1, 2):
-            waited_until(lambda number=number: orders(made, "west") >= number, START_S)
-            kill("server.superlink", made.hub)
-        assert ran.ended() == 0
-        assert "the SuperLink does not answer" in ran.said()
-        assert trained(made.hub / "runs/little", world) == expected
+        plan, run = begun(made), made.hub / "runs/little"
+        first = made.start("run.log", "server", "run", plan, "--home", made.hub)
+        superlink_dies(made, first)
+        waited_until(lambda: rows(run, "round", None), START_S)
+        with full_disk(made.folder / "south"):
+            waited_until(lambda: told_why(run, "south", "cannot be kept at this site: File too large"), START_S)
+            made.site("west", "pause")
+            waited_until(lambda: told_why(run, "west", "this site is paused; `fedmix site resume` there ends that"), START_S)
+        serverapp_dies(made, first)
+        made.site("west", "resume")
+        assert made.start("again.log", "server", "run", plan, "--resume", "--home", made.hub).ended() == 0
+        assert trained(run, world) == expected
+        assert not list(made.folder.glob("*/state/**/*.partial"))
         agree(made)
+
+
+def agents_die(made: Federation, moments: Sequence[float], victims: Sequence[tuple[str, str]]) -> None:
+    """Kill a hospital's program at each of some moments, in seconds since the next order reached a hospital.
+
+    Where nothing trains at that moment it is the SuperNode, and where that is just being started again, the next one.
+    """
+    before = {name: orders(made, name) for name in SITES}
+    waited_until(lambda: any(orders(made, name) > before[name] for name in SITES), START_S)
+    came = time.monotonic()
+    for moment, (site, program) in zip(moments, victims, strict=True):
+        time.sleep(max(0.0, came + moment - time.monotonic()))
+        home = made.folder / site
+        waited_until(lambda home=home, program=program: kill(program, home) or kill("flower-supernode", home), START_S)
+
+
+def five_deaths(seed: int) -> tuple[list[float], list[tuple[str, str]]]:
+    """Moments, and who dies at each: a hospital's SuperNode, or only the program that trains."""
+    chance = random.Random(seed)
+    moments = sorted(chance.uniform(0.0, 15.0) for _ in range(5))
+    return moments, [(chance.choice(SITES), chance.choice(["flower-supernode", "client.runner\0clientapp"])) for _ in moments]
 
 
 @pytest.mark.parametrize(
@@ -161,49 +200,15 @@ def test_a_superlink_that_is_killed_while_sites_train_is_back_before_the_run_mis
 def test_agents_killed_at_five_moments_of_a_round_come_back_and_it_ends_with_the_same_weights(
     seed: int, tmp_path: Path
 ) -> None:
-    wanted = everyone(tmp_path, rounds=2, federation=ENDURING)
+    wanted = everyone(tmp_path, federation=ENDURING)
     world = World(tmp_path / "here", wanted)
     expected = digest(world.run().parameters)
-    chance = random.Random(seed)
-    moments = sorted(chance.uniform(0.0, 15.0) for _ in range(5))
-    victims = [(chance.choice(SITES), chance.choice(["flower-supernode", "client.runner\0clientapp"])) for _ in moments]
     with federation(tmp_path / "there", world, wanted) as made:
         plan = begun(made)
         ran = made.start("run.log", "server", "run", plan, "--home", made.hub)
-        waited_until(lambda: any(orders(made, name) for name in SITES), START_S)
-        first_order = time.monotonic()
-        for moment, (site, program) in zip(moments, victims, strict=True):
-            time.sleep(max(0.0, first_order + moment - time.monotonic()))
-            kill(program, made.folder / site)
+        agents_die(made, *five_deaths(seed))
         assert ran.ended() == 0
         run = made.hub / "runs/little"
         assert trained(run, world) == expected
-        assert [row["values"]["num_sites"] for row in rows(run, "round", None)] == [3.0, 3.0]
-        agree(made)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_without_a_site_that_is_paused_or_whose_disk_is_full_and_with_it_when_it_is_back(tmp_path: Path) -> None:
-    wanted = everyone(tmp_path, rounds=9, federation={"deadline_s": 600.0, "min_sites": 2})
-    world = World(tmp_path / "here", wanted)
-    with federation(tmp_path / "there", world, wanted) as made:
-        plan = begun(made)
-        run = made.hub / "runs/little"
-        ran = made.start("run.log", "server", "run", plan, "--home", made.hub)
-        waited_until(lambda: rows(run, "round", None), START_S)
-        made.site("west", "pause")
-        waited_until(lambda: rows(run, "dropped", "west"), START_S)
-        made.site("west", "resume")
-        (executor,) = processes_with("client.runner\0execute", made.folder / "south")
-        resource.prlimit(executor, resource.RLIMIT_FSIZE, (SMALL_FILES, resource.RLIM_INFINITY))
-        waited_until(lambda: rows(run, "dropped", "south"), START_S)
-        resource.prlimit(executor, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        assert ran.ended() == 0
-        for site, why in (("west", "this site is paused; `fedmix site resume` there ends that"), ("south", "File too large")):
-            away = rows(run, "dropped", site)
-            assert all(why in row["why"] for row in away)
-            assert why in ran.said()
-            assert rows(run, "site", site)[-1]["round"] > away[-1]["round"]
-        assert trained(run, world)
-        assert not list(made.folder.glob("*/state/**/*.partial"))
+        assert [row["values"]["num_sites"] for row in rows(run, "round", None)] == [3.0]
         agree(made)
