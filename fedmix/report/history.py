@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from fedmix.errors import RunError
 
+EVENTS = "events.jsonl"  # in a run folder: rows as they come, with the sites dropped and rounds failed, for whoever watches
 OBJECTIVES = ("mvm", "mlm", "contrast", "match")  # the order in which panels appear; others follow
 EXAMPLES = ("data/image", "data/text", "data/paired")
 
