@@ -13,42 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from fedmix.errors import RunError
-from fedmix.report import charts, comparison, measures, narrative, quantities
+from fedmix.report import charts, comparison, learning, measures, narrative, quantities
 from fedmix.report.examples import Examples, load_examples
 from fedmix.report.forest import forest
-from fedmix.report.history import History, read_history
+from fedmix.report.history import read_history
+from fedmix.report.learning import Section
 from fedmix.report.measures import Grid
 from fedmix.report.pages import environment
 from fedmix.report.readings import Readings, readings
 from fedmix.report.study import Study
 from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json, write_text
 
-OBJECTIVE_TITLES = {
-    "mvm": "Masked vision modelling",
-    "mlm": "Masked language modelling",
-    "contrast": "Image-text contrast",
-    "match": "Image-text matching",
-    "anchor": "Distance to the round's start",
-}
-CENTRAL_TITLES = {
-    "zero_shot/macro_auroc": "Zero-shot AUROC",
-    "linear_probe/macro_auroc": "Linear probe AUROC",
-    "retrieval/r@10": "Retrieval R@10",
-    "regeneration/psnr_db": "Regeneration PSNR (dB)",
-    "language/bits_per_token": "Bits per token",
-}
-MAX_CENTRAL_PANELS = 9
-STREAMS = ("image", "text", "paired")  # those with a colour of their own
 MAX_CONFIG_BYTES = 1 << 18
-
-
-@dataclass(frozen=True)
-class Section:
-    """Charts with the sentence that stands in for them when there are none."""
-
-    panels: tuple[charts.LinePanel | charts.BarPanel, ...] = ()
-    absence: str = ""
-    streams: frozenset[str] = frozenset()  # that the panels draw, for the key
 
 
 @dataclass(frozen=True)
@@ -91,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
     page = read_page(run_dir)
     path = run_dir / "report.html"
     template = environment().get_template("report.html.j2")
-    write_text(path, template.render(page=page, charts=charts, quantities=quantities, streams=STREAMS))
+    write_text(path, template.render(page=page, charts=charts, quantities=quantities, streams=learning.STREAMS))
     return path
 
 
@@ -150,8 +126,10 @@ def read_page(run_dir: Path) -> Page:
         grid=grid,
         strips=charts.strips(grid) if grid else (),
         gaps=tuple(_gaps(report)) if report else (),
-        losses=_losses(history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})),
-        central=_central(history),
+        losses=learning.losses(
+            history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})
+        ),
+        central=learning.central(history),
         findings=_findings(report),
         readings=readings(report.evaluation.classification if report else None),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
@@ -196,43 +174,6 @@ def _facts(run: Run, report: Report | None) -> list[tuple[str, str]]:
 def _gaps(report: Report) -> list[tuple[str, str]]:
     gaps = measures.recovered_gap(report)
     return [(measure.title, "not defined" if gap is None else f"{100 * gap:.0f} %") for measure, gap in gaps]
-
-
-def _span(history: History) -> tuple[int, int]:
-    """First and last round that any line speaks of."""
-    rounds = [entry.round for entry in history.entries]
-    return min(rounds), max(rounds)
-
-
-def _losses(history: History, stream_of: Mapping[str, str]) -> Section:
-    """One panel for each objective: thin lines for sites, thick lines for streams."""
-    panels = []
-    for objective in history.objectives():
-        metric = f"train/{objective}/loss"
-        by_site, by_stream = history.site_curves(metric), history.stream_curves(metric, stream_of)
-        if len(by_site) > charts.MAX_SITE_CURVES:
-            by_site = {}
-        curves = [charts.Curve(site, _style(stream_of.get(site, "")), points, False) for site, points in by_site.items()]
-        curves += [charts.Curve(f"{stream} sites", _style(stream), points) for stream, points in by_stream.items()]
-        title = OBJECTIVE_TITLES.get(objective, objective)
-        panels.append(charts.line_panel(title, curves, history.stages, _span(history)))
-    return Section(tuple(panels), "" if panels else "No training losses were recorded.", frozenset(stream_of.values()))
-
-
-def _style(stream: str) -> str:
-    return f"stream-{stream}" if stream in STREAMS else "stream-other"
-
-
-def _central(history: History) -> Section:
-    curves = history.central_curves()
-    names = [name for name in CENTRAL_TITLES if name in curves] + [name for name in curves if name not in CENTRAL_TITLES]
-    panels = []
-    for name in names[:MAX_CENTRAL_PANELS]:
-        title = CENTRAL_TITLES.get(name, name)
-        curve = charts.Curve("central evaluation", "central", curves[name])
-        panels.append(charts.line_panel(title, [curve], history.stages, _span(history)))
-    absence = "Fewer than two central evaluations were recorded during training, so there is no curve."
-    return Section(tuple(panels), "" if panels else absence)
 
 
 def _findings(report: Report | None) -> Section:
