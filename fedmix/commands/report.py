@@ -1,0 +1,42 @@
+"""`fedmix report`: a run's pages written anew, or a live one served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from fedmix.commands.consoles import out_console
+from fedmix.errors import ConfigError
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/demo")],
+    serve: Annotated[
+        bool, typer.Option("--serve", help="show a page of the run that keeps itself up to date, on this machine, until Ctrl-C")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="that --serve listens on; 0 is any free one")] = 0,
+) -> None:
+    """Write report.html of a run (compare.html of a study) anew from what its folder holds, or watch a run.
+
+    Example:  fedmix report runs/demo
+
+    Example, while it runs:  fedmix report runs/demo --serve
+    """
+    from fedmix.report.html import write_report, write_study
+    from fedmix.report.study import is_study, read_study
+
+    if serve:
+        from fedmix.report import serving
+
+        if is_study(run):
+            raise ConfigError(f"{run} holds a study; --serve shows one run, such as one of the folders in it")
+        serving.serve(run, port, on_start=lambda address: _say(f"{address} shows {run}; Ctrl-C ends it"))
+        return
+    _say(str(write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)))
+
+
+def _say(line: str) -> None:
+    out_console.print(Text(line), soft_wrap=True)
