@@ -18,12 +18,20 @@ def report(
         bool, typer.Option("--serve", help="show a page of the run that keeps itself up to date, on this machine, until Ctrl-C")
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="that --serve listens on; 0 is any free one")] = 0,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write the run's curves there for TensorBoard, and nothing else")
+    ] = None,
+    mlflow: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="add the run's curves to mlflow.db there, and nothing else")
+    ] = None,
 ) -> None:
-    """Write report.html of a run (compare.html of a study) anew from what its folder holds, or watch a run.
+    """Write report.html, report.md and model_card.md of a run (compare.html of a study) anew from its folder, or watch a run.
 
     Example:  fedmix report runs/demo
 
     Example, while it runs:  fedmix report runs/demo --serve
+
+    Example, for TensorBoard:  fedmix report runs/demo --tensorboard logs
     """
     from fedmix.report.html import write_report, write_study
     from fedmix.report.study import is_study, read_study
@@ -34,8 +42,15 @@ def report(
         if is_study(run):
             raise ConfigError(f"{run} holds a study; --serve shows one run, such as one of the folders in it")
         serving.serve(run, port, on_start=lambda address: _say(f"{address} shows {run}; Ctrl-C ends it"))
-        return
-    _say(str(write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)))
+    elif tensorboard is not None or mlflow is not None:
+        from fedmix.report import tracking
+
+        if tensorboard is not None:
+            _say(str(tracking.log_to_tensorboard(run, tensorboard)))
+        if mlflow is not None:
+            _say(str(tracking.log_to_mlflow(run, mlflow)))
+    else:
+        _say(str(write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)))
 
 
 def _say(line: str) -> None:
