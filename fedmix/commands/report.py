@@ -9,7 +9,6 @@ import typer
 from rich.text import Text
 
 from fedmix.commands.consoles import out_console
-from fedmix.errors import ConfigError
 
 
 def report(
@@ -33,14 +32,9 @@ def report(
 
     Example, for TensorBoard:  fedmix report runs/demo --tensorboard logs
     """
-    from fedmix.report.html import write_report, write_study
-    from fedmix.report.study import is_study, read_study
-
     if serve:
         from fedmix.report import serving
 
-        if is_study(run):
-            raise ConfigError(f"{run} holds a study; --serve shows one run, such as one of the folders in it")
         serving.serve(run, port, on_start=lambda address: _say(f"{address} shows {run}; Ctrl-C ends it"))
     elif tensorboard is not None or mlflow is not None:
         from fedmix.report import tracking
@@ -50,6 +44,9 @@ def report(
         if mlflow is not None:
             _say(str(tracking.log_to_mlflow(run, mlflow)))
     else:
+        from fedmix.report.html import write_report, write_study
+        from fedmix.report.study import is_study, read_study
+
         _say(str(write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)))
 
 

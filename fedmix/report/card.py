@@ -4,8 +4,7 @@ same parts. Site names and counts are those of report.json; nothing of a site's 
 
 from __future__ import annotations
 
-from fedmix.batch import STREAMS
-from fedmix.report import markdown, measures, narrative, quantities
+from fedmix.report import learning, markdown, measures, narrative, quantities
 from fedmix.report.method import STAGE_COLUMNS, Method
 from fedmix.report.page import Page
 from fedmix.report.summary import Report
@@ -80,7 +79,7 @@ def training(report: Report | None, *, phantoms_only: bool) -> str:
     if report is None:
         return "Not known: the model was exported from outside a completed run.\n"
     counts = []
-    for stream in STREAMS:
+    for stream in learning.STREAMS:
         studies = [site.studies or 0 for site in report.sites if site.stream == stream]
         if studies:
             held = quantities.count(sum(studies))

@@ -90,7 +90,9 @@ def read_now(run_dir: Path) -> Now:
     """How a run stands; raises RunError if the folder holds no run, or a damaged one."""
     manifest = read_json(run_dir / "manifest.json")
     if not isinstance(manifest, Mapping):
-        raise RunError(f"{run_dir} holds no run yet: there is no manifest.json; give the folder of a run that has begun")
+        raise RunError(
+            f"{run_dir} holds no run yet: no manifest.json; give the folder of a run that has begun, of a study one in it"
+        )
     history, troubles = read_so_far(run_dir)
     planned = _planned(run_dir / "config.yaml")
     progress = _progress(history, planned)
