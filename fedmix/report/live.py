@@ -132,7 +132,8 @@ def _planned(path: Path) -> config.Experiment | None:
 
 def _progress(history: History, planned: config.Experiment | None) -> Progress:
     """All rows taken in one by one, as a terminal would have seen them."""
-    streams = history.streams() | ({site.name: site.stream for site in planned.data.sites} if planned else {})
+    streams: dict[str, str] = {site.name: site.stream for site in planned.data.sites} if planned else {}
+    streams |= {name: found for name, found in history.streams().items() if name not in streams}
     progress = Progress(planned.num_rounds if planned else 0, {name: SiteState(stream) for name, stream in streams.items()})
     for entry in history.entries:
         progress.add(entry)
