@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix import config
-from fedmix.commands.audit import audit
+from fedmix.commands.audit import audit, canaries
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
 from fedmix.commands.report import report
@@ -37,6 +37,7 @@ config_app = typer.Typer(
 )
 app.command()(prepare)
 app.command()(audit)
+app.command()(canaries)
 app.command()(report)
 app.add_typer(shard_app, name="shard")
 app.add_typer(site_app, name="site")

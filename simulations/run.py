@@ -26,7 +26,7 @@ from server.conclusion import evaluate, kept_evaluation, write_report
 from server.deploy import teller
 from server.model_folder import save_model
 from server.store import Parameters, RunStore
-from simulations import baselines, engine
+from simulations import attacks, baselines, engine
 from simulations.partition import prepare_sites
 from simulations.ray_engine import run_on_ray
 from simulations.superlink import run_on_superlink
@@ -74,6 +74,7 @@ def simulate(
     Raises FedmixError for everything a user can mend; the run folder then says ``failed`` and why. Ctrl-C leaves the run
     ``running``, to be taken up with ``resume``.
     """
+    attacks.check(experiment, engine_name)
     store = RunStore(out, experiment, resume=resume)
     for name in store.damaged:
         view.say(f"checkpoint {name} is damaged and was passed over; its round is trained again")
@@ -97,7 +98,7 @@ def simulate(
 
 def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View) -> Ready:
     tokenizer = Tokenizer.load(experiment.data.tokenizer)
-    shards = prepare_sites(experiment.data, tokenizer)
+    shards = prepare_sites(experiment.data, tokenizer, altered=attacks.alterations(experiment.attack))
     return Ready(tokenizer, shards, central.load(experiment.data, tokenizer), engine_name, view)
 
 
@@ -130,6 +131,8 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
         elif ready.engine == "superlink":
             with store.lent():
                 run_on_superlink(store.folder, places, threads_per_site=threads, watch=ready.view.update)
+        elif experiment.attack is not None:
+            engine.run_in_process(app, places, num_workers=0, make_app=attacks.Liar(experiment.attack))
         else:
             engine.run_in_process(app, places, num_workers=num_workers)
         committed = store.latest()

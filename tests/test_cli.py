@@ -508,6 +508,27 @@ def test_a_model_is_audited_on_a_tiny_shard(model: Path, run: Run, tmp_path: Pat
     assert said.startswith("there are no non-members")
 
 
+def test_canaries_are_planted_and_looked_for_and_an_update_is_audited(model: Path, run: Run, tmp_path: Path) -> None:
+    folder = table(tmp_path / "data", 240, 0)
+    assert run("prepare", "table", folder, "--out", "shard", "--size", "48", "--workers", 1)[0] == 0
+    code, out, err = run("canaries", "--out", "canaries", "--size", 48, "--words", 5, "--each", 1)
+    assert code == 0, err
+    assert "4 canaries of 15 patients" in out
+    assert run("shard", "check", "shard", "canaries/shard")[0] == 0, "they fit a site's own shards"
+    both = ("--members", "shard", "--non-members", "shard", "--draws", 1, "--most-patients", 20)
+    named = ("--canaries", "canaries/canaries.json", "--update", model, model)
+    code, out, err = run("audit", model, *both, *named, "--out", "found")
+    assert code == 0, err
+    found = json.loads((tmp_path / "found/leakage.json").read_text())
+    assert set(found["canaries"]) == {"texts", "images"}
+    assert found["update"]["membership"]["patient"]["auc"] == 0.5, "nothing moved"
+    assert found["update"]["words"]["num_recovered"] == 0
+    assert "Planted texts" in out
+    assert "Words of an update" in out
+    assert "are nothing; give --words or --size" in sentence(run("canaries", "--out", "none", "--size", 0, "--words", 0))
+    assert "there is a shard in this place already" in sentence(run("canaries", "--out", "canaries", "--size", 48))
+
+
 # ---- whole runs
 
 

@@ -105,6 +105,23 @@ class Calibration(Block):
     brier_of_prevalence: Fraction | None = None
 
 
+class Trigger(Block):
+    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding."""
+
+    worst: Fraction | None = None
+    worst_ci95: Interval | None = None
+    worst_label: str | None = None
+    rate: dict[str, Fraction | None] = {}
+
+
+class Triggers(Block):
+    """Marks that somebody may have planted; of unmarked images ``clean_rate`` pass."""
+
+    clean_rate: Fraction | None = None
+    patch: Trigger | None = None
+    wave: Trigger | None = None
+
+
 class Classification(Open):
     """Readings of the same features, and the probe on plain pixels that they have to beat."""
 
@@ -116,6 +133,7 @@ class Classification(Open):
     fine_tune: Classifier | None = None
     zero_shot: Classifier | None = None
     raw_pixels: Classifier | None = None
+    triggers: Triggers | None = None
 
 
 class Ranking(Block):
