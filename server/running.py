@@ -18,18 +18,19 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import bundle
 from fedmix.deployment import plan as plans
+from fedmix.disk import is_held
 from fedmix.errors import FedmixError, RunError
 from fedmix.report import html
+from fedmix.report.history import EVENTS
 from server import deploy
 from server import held_out as central
 from server.app import quick_evaluation
 from server.conclusion import evaluate, write_report
 from server.control import FlowerRun, connected
 from server.coordinator import AWAY_S
-from server.home import EVENTS, PLAN, Home
+from server.home import PLAN, Home
 from server.model_folder import save_model
 from server.planning import Agreed
-from server.standing import is_held
 from server.store import Committed, RunStore
 
 POLL_S = 0.5

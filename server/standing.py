@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmix.disk import is_held
+from fedmix.report.history import EVENTS
 from server import certificates
 from server.control import Node, connected, is_healthy
-from server.home import EVENTS, Home
+from server.home import Home
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,6 @@ def standing(home: Home) -> Standing:
         tuple(_site(name, nodes, healthy=healthy) for name in home.registered()),
         tuple(_run(folder) for folder in sorted(home.runs.iterdir()) if folder.is_dir()),
     )
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a run folder."""
-    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
 
 
 def _ending(ends: datetime.datetime, now: datetime.datetime) -> str:

@@ -19,9 +19,11 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
 from fedmix.evaluation.features import HeldOut
 from fedmix.report import html, summary
+from fedmix.report.history import EVENTS
 from server import held_out as central
 from server.app import build_app, quick_evaluation
 from server.conclusion import evaluate, kept_evaluation, write_report
+from server.deploy import teller
 from server.model_folder import save_model
 from server.store import Parameters, RunStore
 from simulations import attacks, baselines, engine
@@ -116,10 +118,11 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
         threads = experiment.federation.threads_per_site
         cores = threads * experiment.federation.processes_per_site
         num_workers = experiment.federation.workers or engine.default_workers(len(places), cores)
+        (store.folder / EVENTS).unlink(missing_ok=True)
         app = build_app(
             experiment,
             store,
-            watch=ready.view.update,
+            watch=teller(store.folder, ready.view.update),
             held_out=ready.held_out,
             evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * cores,
         )

@@ -548,7 +548,13 @@ def test_a_run_gives_a_report_that_the_other_commands_read(tmp_path: Path) -> No
     assert set(report["baselines"]) == {"random_init", "centralised", "fedavg"}
     assert report["timing"]["overhead_ratio"] >= 1.0
     assert {site["name"]: site["examples"] for site in report["sites"]} == {"north": 8, "south": 8, "west": 16}
-    assert json.loads((folder / "manifest.json").read_text())["state"] == "completed"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["state"] == "completed"
+    assert (report["energy"]["kwh"] is None) == (manifest["hardware"]["gpus"] > 0)
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in told if row["event"] == "round"] == [1, 2, 3]
+    assert "# little" in (folder / "report.md").read_text()
+    assert "# Model card: little" in (folder / "model_card.md").read_text()
 
     # Taken up again, nothing is trained or evaluated twice and the report is the same but for its times.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "checkpoints" in str(path)}
@@ -558,7 +564,7 @@ def test_a_run_gives_a_report_that_the_other_commands_read(tmp_path: Path) -> No
     assert "evaluating" not in again.stdout
     assert "round 1/3" not in again.stdout
     repeated = json.loads((folder / "report.json").read_text())
-    for changing in ("timing", "run"):
+    for changing in ("timing", "run", "energy"):
         del report[changing], repeated[changing]
     assert repeated == report
 

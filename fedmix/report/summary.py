@@ -291,6 +291,14 @@ class Timing(Closed):
     overhead_ratio: float | None
 
 
+class Energy(Closed):
+    """Kilowatt-hours of the run as low and high with ``how`` they were reckoned, or null with the ``reason``."""
+
+    kwh: Interval | None
+    how: str | None = None
+    reason: str | None = None
+
+
 class Report(Closed):
     """report.json."""
 
@@ -303,6 +311,7 @@ class Report(Closed):
     privacy: Privacy
     timing: Timing
     aggregation: Aggregation | None = None
+    energy: Energy | None = None
 
 
 def build_report(
@@ -315,8 +324,9 @@ def build_report(
     privacy: Mapping[str, Any],
     timing: Mapping[str, Any],
     aggregation: Mapping[str, Any] | None = None,
+    energy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The checked content of report.json from its pieces, one argument for each of its blocks, hence eight.
+    """The checked content of report.json from its pieces, one argument for each of its blocks, hence nine.
 
     ``baselines`` maps a name to ``{"evaluation": {...}}``. Raises RunError that names every wrong key.
     """
@@ -329,7 +339,8 @@ def build_report(
         "communication": dict(communication),
         "privacy": dict(privacy),
         "timing": dict(timing),
-    } | ({"aggregation": dict(aggregation)} if aggregation is not None else {})
+    }
+    pieces |= {name: dict(one) for name, one in (("aggregation", aggregation), ("energy", energy)) if one is not None}
     return parse_report(pieces).model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 

@@ -12,9 +12,10 @@ from little import values, write_config
 from fedmix import config
 from fedmix.deployment import plan as plans
 from fedmix.errors import ConfigError, RunError
+from fedmix.report.history import EVENTS
 from server import coordinator, deploy, planning, running, standing
 from server.control import FlowerRun
-from server.home import EVENTS, PLAN, Home, Settings
+from server.home import PLAN, Home, Settings
 
 SITES = ("north", "south", "west")
 
