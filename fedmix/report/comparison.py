@@ -13,7 +13,7 @@ from fedmix.report import charts, quantities
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, markdown, markdown_line, method_name
 from fedmix.report.study import MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
-NOT_YET = "no seed has it yet"
+ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
 ABOUT_INTERVALS = (
@@ -164,7 +164,7 @@ def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    return (NOT_YET,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
+    return (ABSENT,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
 
 
 def _best(measure: Measure, estimates: Sequence[Estimate | None]) -> str:
