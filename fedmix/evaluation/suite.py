@@ -67,6 +67,7 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
 ALIGNING = ("contrast", "semantic", "local")
 NEEDS: dict[str, tuple[str, ...]] = {
     "classification/zero_shot": ALIGNING,
+    "classification/triggers": ALIGNING,
     "retrieval": ALIGNING,
     "regeneration": ("mvm",),
     "language": ("mlm",),

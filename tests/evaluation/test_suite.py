@@ -220,7 +220,7 @@ def test_the_quick_numbers_look_at_a_fixed_part_of_the_test():
 @pytest.mark.parametrize(
     ("trained_on", "missing"),
     [
-        (("mvm",), {"classification/zero_shot", "retrieval", "language"}),
+        (("mvm",), {"classification/zero_shot", "classification/triggers", "retrieval", "language"}),
         (("contrast",), {"regeneration", "language"}),
         (("mlm", "semantic"), {"regeneration"}),
         ((), set()),
