@@ -138,7 +138,9 @@ def _column(
     reach = 1.25 * max(abs(one.mean) for one in estimates if one) or 1.0
     left, right = (-reach, reach) if measure.better == "higher" else (reach, -reach)
     across = charts.Scale(left, right, *span)
-    marks = tuple(one and _mark(measure, one, middle, across) for one, middle in zip(estimates, middles, strict=True))
+    marks = tuple(
+        None if one is None else _mark(measure, one, middle, across) for one, middle in zip(estimates, middles, strict=True)
+    )
     title = f"{measure.title}{f', {measure.unit}' if measure.unit else ''}"
     return Column(
         title, tuple(measure.short.split("\n")), *span, across(0.0), (signed(measure, left), signed(measure, right)), marks
