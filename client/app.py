@@ -26,7 +26,7 @@ from client import gate, messages, parameters, ranks
 from client.home import Home
 from client.state import SiteState
 from fedmix import config
-from fedmix.data.loading import Indices, Sampler
+from fedmix.data.loading import Indices, Sampler, sampler_of
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError, FedmixError, PolicyError
@@ -329,13 +329,9 @@ def _sampler(shard_path: Path, experiment_path: Path, site_name: str, stage_name
     site, stage = _site(experiment, site_name), _stage(experiment, stage_name)
     shard = Shard.open(shard_path, verify=False)
     _check(shard, site, experiment)
-    return Sampler(
-        shard,
-        _rows(shard, site.stream),
-        batch_size=stage.batch_size,
-        seed=local.seed_of(experiment.seed, site.name, stage.name, "batches"),
-        augment=stage.augment,
-    )
+    draws = local.seed_of(experiment.seed, site.name, stage.name, "batches")
+    tokenizer = _tokenizer(experiment.data.tokenizer)
+    return sampler_of(stage, shard, _rows(shard, site.stream), seed=draws, tokenizer=tokenizer)
 
 
 @lru_cache(maxsize=1)
@@ -346,7 +342,7 @@ def _learner(experiment_path: Path, stage_name: str) -> Learner:
     experiment = _experiment(experiment_path)
     tokenizer = _tokenizer(experiment.data.tokenizer)
     model = parameters.model_of(experiment, tokenizer)
-    word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    word_ids = WordIds.of(tokenizer)
     model.to(local.device_named(experiment.federation.device))
     return Learner(model, _stage(experiment, stage_name).objectives, word_ids)
 

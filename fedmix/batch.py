@@ -75,6 +75,8 @@ class Batch:
     ``text``: int64 token ids [number with text, L], padded with 0, or None if no study has one.
     ``has_image``, ``has_text``: bool [B], True where the study owns the next row of ``image`` / ``text``.
     ``patient``: int64 [B], alike where studies are of one patient, or None if that is not known.
+    ``findings``: float [B, F], 1 for what is said to be there, 0.5 for what may be, 0 for the rest; a row of -1 where nothing
+    is known of the study. None unless an objective asks for them.
     """
 
     image: Tensor | None
@@ -82,6 +84,7 @@ class Batch:
     has_image: Tensor
     has_text: Tensor
     patient: Tensor | None = None
+    findings: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check once, where data enters, that rows and masks agree."""
@@ -97,6 +100,11 @@ class Batch:
         if self.patient is not None and self.patient.shape != self.has_image.shape:
             raise DataError(
                 f"batch holds {len(self.has_image)} studies and {len(self.patient)} patient numbers; give one a study"
+            )
+
+        if self.findings is not None and len(self.findings) != len(self.has_image):
+            raise DataError(
+                f"batch holds {len(self.has_image)} studies and findings of {len(self.findings)}; give one row a study"
             )
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ import torch
 
 from fedmix import config
 from fedmix.batch import Batch
-from fedmix.data.loading import Sampler, pad
+from fedmix.data.loading import Sampler, pad, sampler_of
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
@@ -80,12 +80,14 @@ def union(batches: Sequence[Batch]) -> Batch:
     images = [batch.image for batch in batches if batch.image is not None]
     texts = [row for batch in batches if batch.text is not None for row in batch.text]
     patients = [batch.patient for batch in batches if batch.patient is not None]
+    findings = [batch.findings for batch in batches if batch.findings is not None]
     return Batch(
         image=torch.cat(images) if images else None,
         text=pad(texts) if texts else None,
         has_image=torch.cat([batch.has_image for batch in batches]),
         has_text=torch.cat([batch.has_text for batch in batches]),
         patient=torch.cat(patients) if len(patients) == len(batches) else None,
+        findings=torch.cat(findings) if len(findings) == len(batches) else None,
     )
 
 
@@ -211,14 +213,14 @@ def _pooled(
     together: type[Interleaved] | type[Union],
 ) -> Pooled:
     model = central.initial_model(experiment, tokenizer)
-    word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    word_ids = WordIds.of(tokenizer)
     steps, examples, before = 0, dict.fromkeys(("image", "text", "paired"), 0), time.process_time()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(experiment.federation.threads_per_site)  # as at a site: the number is part of the result
     try:
         for stage in experiment.stages:
             sites = config.sites_of(stage, experiment.data.sites)
-            batches = together([_sampler(shards[site.name], site, stage, experiment.seed) for site in sites])
+            batches = together([_sampler(shards[site.name], site, stage, experiment.seed, tokenizer) for site in sites])
             turns = len(sites) if together is Interleaved else 1
             pooled = stage.model_copy(update={"rounds": 1, "local_steps": stage.rounds * stage.local_steps * turns})
             update, _ = local.train(
@@ -236,10 +238,10 @@ def _pooled(
     return Pooled(central.parameters_of(model), steps, examples, time.process_time() - before)
 
 
-def _sampler(path: Path, site: config.Site, stage: config.Stage, seed: int) -> Sampler:
+def _sampler(path: Path, site: config.Site, stage: config.Stage, seed: int, tokenizer: Tokenizer) -> Sampler:
     shard = Shard.open(path)
     rows = shard.select("train", site.stream)
     if not len(rows):
         raise DataError(f"site {site.name} has no {site.stream} study in its training split")
     draws = local.seed_of(seed, site.name, stage.name, "batches")
-    return Sampler(shard, rows, batch_size=stage.batch_size, seed=draws, augment=stage.augment)
+    return sampler_of(stage, shard, rows, seed=draws, tokenizer=tokenizer)

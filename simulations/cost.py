@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from fedmix import config
-from fedmix.data.loading import Sampler
+from fedmix.data.loading import Sampler, sampler_of
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.federation import local
@@ -64,7 +64,7 @@ def _measure(experiment: config.Experiment, stage: config.Stage, site: config.Si
 
 def learner(experiment: config.Experiment, stage: config.Stage, tokenizer: Tokenizer) -> Learner:
     """The untrained model of an experiment with a stage's objectives."""
-    word_ids = WordIds(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)))
+    word_ids = WordIds.of(tokenizer)
     return Learner(central.random_model(experiment, tokenizer), stage.objectives, word_ids)
 
 
@@ -79,4 +79,4 @@ def batches(
     data = experiment.data.model_copy(update={"sites": (few,), "cache": folder})
     shard = Shard.open(prepare_sites(data, tokenizer)[site.name])
     rows = shard.select("train", site.stream)
-    return Sampler(shard, rows, batch_size=stage.batch_size, seed=0, augment=stage.augment)
+    return sampler_of(stage, shard, rows, seed=0, tokenizer=tokenizer)

@@ -119,6 +119,15 @@ def test_every_mistake_is_named_at_once() -> None:
             "stage 'paired': a queue adds to softmax's denominator",
         ),
         (
+            ["model.contrast_form=margin", "stages.paired.objectives.label_smoothing=.1"],
+            "model.contrast_form = margin makes none",
+        ),
+        (
+            ["stages.paired.objectives.semantic=1", "federation.micro_batch=4"],
+            "semantic and local compare a whole batch at once",
+        ),
+        (["stages.paired.objectives.local=1", "federation.processes_per_site=2"], "semantic and local compare a whole batch"),
+        (
             ["model.contrast_form=sigmoid", "stages.paired.objectives.soft_targets=.2"],
             "stage 'paired': soft_targets and label_smoothing share one choice out",
         ),
@@ -348,6 +357,8 @@ DECIDES = {
     "stages.1.objectives.mlm": 0.5,
     "stages.1.objectives.contrast": 0.5,
     "stages.1.objectives.anchor": 0.5,
+    "stages.1.objectives.semantic": 0.5,
+    "stages.1.objectives.local": 0.5,
     "stages.1.objectives.joint_share": 0.5,
     "stages.1.objectives.hide_image_alone": 0.5,
     "stages.1.objectives.hide_image_paired": 0.5,
@@ -548,6 +559,7 @@ def test_sites_of_a_stage_are_those_of_its_streams_and_names() -> None:
         (("stages.paired.objectives={contrast: 1, match: 0.1, joint_share: 0.5}",), ("mvm", "mlm", "contrast", "match")),
         (("stages.paired.objectives={match: 0.1, joint_share: 0.5}", "stages.paired.streams=[image]"), ("mvm", "mlm")),
         (("stages.unpaired.streams=[image]", "stages.paired.streams=[image]"), ("mvm",)),
+        (("stages.paired.objectives={mvm: 0, mlm: 0, semantic: 1, local: 1}",), ("mvm", "mlm", "semantic", "local")),
     ],
 )
 def test_objectives_count_as_trained_where_a_site_of_their_stream_takes_part(
@@ -695,6 +707,7 @@ def test_fingerprint_covers_privacy_and_is_the_old_one_without(other: dict[str, 
             {"stages": [{"name": "all", "rounds": 1, "objectives": {"joint_share": 0.5, "joint_masking": "one_at_a_time"}}]},
             "set it to both",
         ),
+        ({"stages": [{"name": "all", "rounds": 1, "objectives": {"semantic": 1.0}}]}, "compare studies of different patients"),
         ({"federation": {"processes_per_site": 2}}, "processes_per_site to 1"),
         ({"federation": {"checkpoint_activations": True}}, "checkpoint_activations to false"),
     ],

@@ -2,6 +2,8 @@
 
 from fedmix.config.reading import MAX_CONFIG_BYTES, build, json_schema, load, parse, variant
 from fedmix.config.sections import (
+    COMPARING,
+    WEIGHTS,
     Aggregation,
     Attack,
     Augment,
@@ -28,7 +30,9 @@ from fedmix.config.sections import (
 )
 
 __all__ = [
+    "COMPARING",
     "MAX_CONFIG_BYTES",
+    "WEIGHTS",
     "Aggregation",
     "Attack",
     "Augment",

@@ -157,9 +157,10 @@ class Model(Section):
     decoder_depth: Count = 1
     decoder_heads: Count = 4
     embedding: Count = Field(default=64, description="size of the contrastive embedding")
-    contrast_form: Literal["softmax", "sigmoid"] = Field(
+    contrast_form: Literal["softmax", "sigmoid", "margin"] = Field(
         default="softmax",
-        description="contrast as one choice among the batch (CLIP), or a yes or no for each two with a learned bias (SigLIP)",
+        description="contrast as one choice among the batch (CLIP), a yes or no for each two with a learned bias (SigLIP), or "
+        "cosines that differ by a margin (multi-margin loss)",
     )
     warm_start: WarmStart | None = Field(
         default=None, description="null starts at random; not in the fingerprint, manifest.json has the files' hashes"
@@ -193,6 +194,10 @@ class Model(Section):
         return self
 
 
+COMPARING = ("contrast", "match", "semantic", "local")  # losses that compare studies with each other
+WEIGHTS = ("mvm", "mlm", "anchor", *COMPARING)  # all losses that a stage may add up
+
+
 class Objectives(Section):
     """Which losses a stage uses, at what weight, and how much they hide. A weight of 0 turns a loss off."""
 
@@ -202,6 +207,14 @@ class Objectives(Section):
     match: float = Field(default=0.0, ge=0.0, description="weight of image-text matching on pairs")
     anchor: float = Field(
         default=0.0, ge=0.0, description="weight of the cosine distance to the features of the round's start; .1 to 1"
+    )
+    semantic: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of contrast by findings: any image of the batch with any report of it (MedCLIP, 2210.10163)",
+    )
+    local: float = Field(
+        default=0.0, ge=0.0, description="weight of contrast between sentences and patches (GLoRIA; LoVT, 2112.02889)"
     )
     joint_share: Fraction = Field(default=0.0, description="share of the pairs of a batch also read as one joint sequence")
     hide_image_alone: OpenFraction = 0.70
@@ -225,7 +238,9 @@ class Objectives(Section):
         default=0.0,
         description="share of the contrastive targets that reports alike to the round-start model have among them; .1 to .3",
     )
-    soft_temperature: Positive = Field(default=0.1, description="of the likeness of reports; lower is more selective")
+    soft_temperature: Positive = Field(
+        default=0.1, description="of the likeness of reports, and of findings in semantic; lower is more selective"
+    )
     same_patient: Literal["negative", "left_out"] = Field(
         default="negative", description="whether another study of the same patient is a negative of contrast or not compared"
     )
@@ -235,7 +250,7 @@ class Objectives(Section):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Objectives:
-        if self.mvm + self.mlm + self.contrast + self.match == 0:
+        if not any(getattr(self, name) for name in WEIGHTS if name != "anchor"):
             raise ValueError("every objective has weight 0; give at least one a positive weight")
         if self.match > 0 and self.joint_share == 0:
             raise ValueError("match reads image and report as one sequence: set joint_share above 0")
@@ -564,7 +579,8 @@ class Experiment(Section):
     @property
     def trained_on(self) -> tuple[str, ...]:
         """The objectives that some site of some stage trains, by name."""
-        reach = {"mvm": {"image", "paired"}, "mlm": {"text", "paired"}, "contrast": {"paired"}, "match": {"paired"}}
+        reach = {"mvm": {"image", "paired"}, "mlm": {"text", "paired"}}
+        reach |= {name: {"paired"} for name in COMPARING}
         found = set()
         for stage in self.stages:
             streams = {site.stream for site in sites_of(stage, self.data.sites)}
@@ -593,6 +609,10 @@ class Experiment(Section):
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:
             site.pop("shard")
+        for stage in values["stages"]:  # as before there were these
+            for name in ("semantic", "local"):
+                if not stage["objectives"][name]:
+                    stage["objectives"].pop(name)
         for key in (
             "workers",
             "device",
@@ -632,13 +652,22 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
             f"stage {stage.name!r}: a batch of {stage.batch_size} leaves some of federation.processes_per_site = "
             f"{experiment.federation.processes_per_site} with nothing to do; raise batch_size or lower the number of processes"
         )
-    objectives = stage.objectives
-    if experiment.model.contrast_form == "sigmoid" and objectives.queue:
-        raise ValueError(f"stage {stage.name!r}: a queue adds to softmax's denominator, and sigmoids have none; set queue to 0")
-    if experiment.model.contrast_form == "sigmoid" and (objectives.soft_targets or objectives.label_smoothing):
+    objectives, form = stage.objectives, experiment.model.contrast_form
+    if form != "softmax" and objectives.queue:
+        raise ValueError(
+            f"stage {stage.name!r}: a queue adds to softmax's denominator, and model.contrast_form = {form} has none; "
+            "set queue to 0"
+        )
+    if form != "softmax" and (objectives.soft_targets or objectives.label_smoothing):
         raise ValueError(
             f"stage {stage.name!r}: soft_targets and label_smoothing share one choice out among reports, and "
-            "model.contrast_form = sigmoid makes none; set them to 0"
+            f"model.contrast_form = {form} makes none; set them to 0"
+        )
+    federation = experiment.federation
+    if (objectives.semantic or objectives.local) and (federation.micro_batch or federation.processes_per_site > 1):
+        raise ValueError(
+            f"stage {stage.name!r}: semantic and local compare a whole batch at once; set federation.micro_batch to null and "
+            "processes_per_site to 1"
         )
     aggregation = experiment.aggregation
     if aggregation.rule == "paired_only" and "paired" not in streams:
@@ -662,10 +691,10 @@ def _check_private(experiment: Experiment) -> None:
     """Raise ValueError where differential privacy of patients was asked for together with what it cannot cover."""
     for stage in experiment.stages:
         objectives = stage.objectives
-        if objectives.contrast or objectives.match:
+        if any(getattr(objectives, name) for name in COMPARING):
             raise ValueError(
-                f"stage {stage.name!r}: contrast and match compare studies of different patients, so no patient has a gradient "
-                "of its own to clip; under privacy.mode = dp set both to 0"
+                f"stage {stage.name!r}: {', '.join(COMPARING)} compare studies of different patients, so no patient has a "
+                "gradient of its own to clip; under privacy.mode = dp set all of them to 0"
             )
         if objectives.joint_masking != "both":
             raise ValueError(

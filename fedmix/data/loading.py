@@ -18,7 +18,9 @@ from torch import Generator, Tensor
 from fedmix import config
 from fedmix.batch import Batch, Study
 from fedmix.data.augmentation import augmented
+from fedmix.data.known_findings import FindingsReader
 from fedmix.data.shard import Shard
+from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
 POOL_BATCHES = 16  # batches sorted by length together; more saves little padding and makes neighbours less random
@@ -27,15 +29,25 @@ Indices = NDArray[np.int64]
 
 
 class Sampler:
-    """Epochs without repetition over some studies of a shard, addressed by step number; ``augment`` changes their images."""
+    """Epochs without repetition over some studies of a shard, addressed by step number; ``augment`` changes their images.
+
+    ``findings``: says which findings are known of each study, for an objective that compares them.
+    """
 
     def __init__(
-        self, shard: Shard, indices: Indices, *, batch_size: int, seed: int, augment: config.Augment | None = None
+        self,
+        shard: Shard,
+        indices: Indices,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: config.Augment | None = None,
+        findings: FindingsReader | None = None,
     ) -> None:
         if len(indices) == 0:
             raise DataError("no study of the wanted stream and split in this shard; see `fedmix prepare --stream`")
         self._shard, self._indices, self._seed = shard, indices, seed
-        self._augment = augment or config.Augment()
+        self._augment, self._findings = augment or config.Augment(), findings
         self._batch_size = min(batch_size, len(indices))
         self._lengths = np.diff(shard.offsets)[indices]
         self._bucketed = not bool(shard.has_image[indices].any())
@@ -48,6 +60,8 @@ class Sampler:
             self._epoch = (epoch, self._draw(epoch))
         rows = self._indices[self._epoch[1][position]]
         batch = collate([study(self._shard, int(row)) for row in rows])
+        if self._findings is not None:
+            batch = replace(batch, findings=self._findings.of(rows))
         return augmented(batch, self._augment, seed=self._seed, step=step)
 
     def _draw(self, epoch: int) -> list[Indices]:
@@ -64,6 +78,12 @@ class Sampler:
             pool = pool[np.argsort(self._lengths[pool], kind="stable")]
             batches += [pool[at : at + size] for at in range(0, len(pool), size)]
         return [batches[at] for at in chance.permutation(len(batches))]
+
+
+def sampler_of(stage: config.Stage, shard: Shard, indices: Indices, *, seed: int, tokenizer: Tokenizer) -> Sampler:
+    """The batches of a stage from some studies of a shard."""
+    findings = FindingsReader(shard, tokenizer) if stage.objectives.semantic else None
+    return Sampler(shard, indices, batch_size=stage.batch_size, seed=seed, augment=stage.augment, findings=findings)
 
 
 class PatientSampler:

@@ -62,6 +62,18 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
 }
 
 
+# What a task asks of a model: to have learnt one of these. A model that learnt others gets no number for it; one that learnt
+# nothing at all gets one, as a floor.
+ALIGNING = ("contrast", "semantic", "local")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "classification/zero_shot": ALIGNING,
+    "classification/triggers": ALIGNING,
+    "retrieval": ALIGNING,
+    "regeneration": ("mvm",),
+    "language": ("mlm",),
+}
+
+
 QUICK: dict[str, Callable[[EvaluationContext], float | None]] = {  # name in metrics.jsonl -> one number
     "zero_shot/macro_auroc": lambda context: classification.evaluate_zero_shot(context).values["macro_auroc"],
     "retrieval/r@10": retrieval.mean_recall_at_10,
@@ -115,6 +127,7 @@ def evaluate(
         say(place, num_done, len(tasks))
         started = time.perf_counter()
         try:
+            _check_learnt(place, context.settings.trained_on)
             findings = task(context)
         except NotEvaluableError as reason:
             skipped[place] = str(reason)
@@ -153,6 +166,13 @@ def quick(
         if value is not None:
             numbers[name] = value
     return numbers
+
+
+def _check_learnt(place: str, trained_on: tuple[str, ...] | None) -> None:
+    """Raise NotEvaluableError for a task whose part of the model was left as it began while others were trained."""
+    needed = NEEDS.get(place)
+    if trained_on and needed and not set(needed) & set(trained_on):
+        raise NotEvaluableError(f"the model learnt {', '.join(trained_on)}, and this needs {' or '.join(needed)}")
 
 
 def _without_nan(value: Any) -> Any:

@@ -27,8 +27,8 @@ from fedmix import config
 from fedmix.batch import Batch, Term, placed
 from fedmix.federation.ranks import Alone, Ranks, add_gradients
 from fedmix.model.encoder import Encoded
-from fedmix.objectives.mixture import Learner, Pairs, Plan, added
-from fedmix.objectives.readings import Reading
+from fedmix.objectives.mixture import Learner, added
+from fedmix.objectives.readings import Pairs, Plan, Reading
 
 Within = Callable[[], AbstractContextManager[None]]
 

@@ -169,10 +169,10 @@ def add(
 
 def check(objectives: config.Objectives) -> None:
     """Refuse what is no sum over patients; the config refuses it too, before any data is read."""
-    if objectives.contrast or objectives.match or objectives.joint_masking != "both":
+    if any(getattr(objectives, name) for name in config.COMPARING) or objectives.joint_masking != "both":
         raise ConfigError(
-            "contrast and match compare studies of different patients, and one_at_a_time shares a batch's pairs out, so no "
-            "patient has a gradient of its own; under privacy.mode = dp set contrast and match to 0 and joint_masking to both"
+            f"{', '.join(config.COMPARING)} compare studies of different patients, and one_at_a_time shares a batch's pairs "
+            "out, so no patient has a gradient of its own; under privacy.mode = dp set these to 0 and joint_masking to both"
         )
 
 

@@ -148,6 +148,14 @@ class MixedModel(nn.Module):
         """Unit-norm embeddings [B, E] of one modality, for contrast and retrieval."""
         return self.projection.embed(modality, encoded.tokens[modality], encoded.present_BL if modality == "text" else None)
 
+    def embed_patches(self, encoded: Encoded) -> Tensor:
+        """Unit-norm embeddings [B, K, E] of each visible patch, in the space of whole images."""
+        return self.projection.embed_tokens("image", encoded.tokens["image"][:, 1:])
+
+    def embed_sentences(self, encoded: Encoded, sentence_BML: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, M, E] of sentences, in the space of whole reports; True for the words of the m-th."""
+        return self.projection.embed_parts("text", encoded.tokens["text"], sentence_BML)
+
     def pool(self, modality: str, encoded: Encoded) -> Tensor:
         """Pooled tokens [B, 2 D] of one modality: what the projection reads."""
         return pooled(encoded.tokens[modality], encoded.present_BL if modality == "text" else None)

@@ -96,6 +96,21 @@ class Projection(nn.Module):
         projection: nn.Linear = getattr(self, modality)
         return F.normalize(projection(pooled(tokens_BTD, present_BT)).float(), dim=-1)
 
+    def embed_tokens(self, modality: str, tokens_BTD: Tensor) -> Tensor:
+        """Each token as if it were a whole study of one token: [B, T, E] float32, unit norm."""
+        projection: nn.Linear = getattr(self, modality)
+        return F.normalize(projection(torch.cat([tokens_BTD, tokens_BTD], dim=-1)).float(), dim=-1)
+
+    def embed_parts(self, modality: str, tokens_BTD: Tensor, part_BMT: Tensor) -> Tensor:
+        """Each part as if it were a whole study: [B, M, E] float32; ``part_BMT`` is True for the tokens of the m-th part."""
+        absent_BMT1 = ~part_BMT.unsqueeze(-1)
+        num_BM1 = part_BMT.sum(dim=-1, keepdim=True).clamp_min(1)
+        mean_BMD = part_BMT.to(tokens_BTD.dtype) @ tokens_BTD / num_BM1
+        highest_BMD = tokens_BTD[:, None].masked_fill(absent_BMT1, LOWEST).amax(dim=2)
+        highest_BMD = highest_BMD.masked_fill(absent_BMT1.all(dim=2), 0.0)
+        projection: nn.Linear = getattr(self, modality)
+        return F.normalize(projection(torch.cat([mean_BMD, highest_BMD], dim=-1)).float(), dim=-1)
+
     def temperature(self) -> Tensor:
         """The learned temperature, kept inside [.01, .5]."""
         zero = torch.zeros(1, dtype=torch.long, device=self.log_temperature.weight.device)

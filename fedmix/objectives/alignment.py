@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from fedmix.batch import Term, placed
 
 NOT_COMPARED = -1e4  # a logit that softmax makes exactly zero, and unlike -inf times a target of zero is zero
+MARGIN = 0.2  # of cosines (VSE++, 1707.05612, section 4.2)
 
 
 class Past(NamedTuple):
@@ -52,10 +53,36 @@ def contrast_term(
         columns = [(one / temperature.float()).masked_fill(never_BQ, NOT_COMPARED) for one in columns]
         to_text, to_image = (torch.cat([to_text, columns[0]], dim=1), torch.cat([to_image, columns[1]], dim=1))
         target_BB = None if target_BB is None else F.pad(target_BB, (0, len(past.text_QE)))
-    target = torch.arange(len(logits_BB), device=logits_BB.device) if target_BB is None else target_BB
-    forward = F.cross_entropy(to_text, target, reduction="sum", label_smoothing=label_smoothing)
-    backward = F.cross_entropy(to_image, target, reduction="sum", label_smoothing=label_smoothing)
-    return Term(total=0.5 * (forward + backward), weight=forward.new_full((), len(logits_BB)))
+    return choice_term(to_text, to_image, target_BB, label_smoothing=label_smoothing)
+
+
+def choice_term(
+    to_text_BN: Tensor, to_image_BN: Tensor, target_BN: Tensor | None = None, *, label_smoothing: float = 0.0
+) -> Term:
+    """Cross-entropy of choosing a report for each image and an image for each report, weight: pairs.
+
+    Row i of either is pair i's logits over candidates, its own other side the i-th; ``target_BN`` as in ``contrast_term``.
+    """
+    target = torch.arange(len(to_text_BN), device=to_text_BN.device) if target_BN is None else target_BN
+    forward = F.cross_entropy(to_text_BN, target, reduction="sum", label_smoothing=label_smoothing)
+    backward = F.cross_entropy(to_image_BN, target, reduction="sum", label_smoothing=label_smoothing)
+    return Term(total=0.5 * (forward + backward), weight=forward.new_full((), len(to_text_BN)))
+
+
+def margin_contrast_term(image_BE: Tensor, text_BE: Tensor, *, compared_BB: Tensor | None = None) -> Term:
+    """Multi-margin loss both ways, weight: pairs: every wrong side should be less alike than the right one by ``MARGIN``.
+
+    ``torch.nn.functional.multi_margin_loss`` (Crammer and Singer 2001) on cosines; what is far enough away no longer pulls.
+    There is no temperature. ``compared_BB``: as in ``contrast_term``.
+    """
+    alike_BB = similarity(image_BE, text_BE)
+    counts_BB = ~torch.eye(len(alike_BB), dtype=torch.bool, device=alike_BB.device)
+    if compared_BB is not None:
+        counts_BB = counts_BB & placed(compared_BB, alike_BB.device)
+    own_B = alike_BB.diagonal()
+    missing_BB = F.relu(MARGIN - own_B[:, None] + alike_BB) + F.relu(MARGIN - own_B[None] + alike_BB)
+    total = 0.5 * (missing_BB * counts_BB).sum() / len(alike_BB)
+    return Term(total=total, weight=total.new_full((), len(alike_BB)))
 
 
 def sigmoid_contrast_term(

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fedmix.data.tokenizer import Tokenizer
+
 
 class HiddenPatches(NamedTuple):
     """``visible_BK``: places shown; ``hidden_BP``: True where a patch is not shown. Every row hides the same number."""
@@ -40,10 +42,19 @@ def hide_patches(num_studies: int, num_patches: int, ratio: float, generator: Ge
 
 @dataclass(frozen=True)
 class WordIds:
-    """What masking must know of the tokenizer: what stands for a hidden word, and the ids that are never words."""
+    """What objectives must know of the tokenizer: what stands for a hidden word, the ids that are never words, the full stop.
+
+    ``stop_id``: None where the vocabulary has none.
+    """
 
     mask_id: int
     special_ids: tuple[int, ...]
+    stop_id: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> WordIds:
+        """The ids of a tokenizer."""
+        return cls(tokenizer.mask_id, tuple(sorted(tokenizer.special_ids)), tokenizer.vocabulary.get("."))
 
 
 def hide_words(words_BL: Tensor, ratio: float, ids: WordIds, generator: Generator) -> HiddenWords:

@@ -8,7 +8,7 @@ here the image helps the words and the words the image, and mismatched reports t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,17 +25,19 @@ from fedmix.objectives.alignment import (
     Past,
     contrast_term,
     hard_negatives,
+    margin_contrast_term,
     match_term,
-    other_patients,
     sigmoid_contrast_term,
     similarity,
     soft_targets,
 )
 from fedmix.objectives.anchor import anchor_term, drift
+from fedmix.objectives.local import local_term, sentences
 from fedmix.objectives.masking import WordIds, hide_patches, hide_words
 from fedmix.objectives.memory import PastPairs
-from fedmix.objectives.readings import Reading
+from fedmix.objectives.readings import Pairs, Plan, Reading, rows_of
 from fedmix.objectives.reconstruction import masked_patch_term, masked_word_term, patch_errors
+from fedmix.objectives.semantic import Known, joined, known, semantic_term
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Learner:
         return replace(self, start=_frozen(self.model) if looks_back else None, past=past)
 
     def terms(self, batch: Batch, generator: Generator) -> dict[str, Term]:
-        """All terms that this batch allows: mvm, mlm, contrast, match, anchor. A term of weight 0 is not computed."""
+        """All terms that this batch allows, by the names of their weights. A term of weight 0 is not computed."""
         found: list[tuple[str, Term]] = []
         plan = self.plan(batch, generator)
         encoded: list[Encoded] = []
@@ -73,9 +75,11 @@ class Learner:
                 alike_BE = self.likeness(plan.pairs.words_BL) if self.objectives.soft_targets else None
                 term, wrong_B = self.compare(image_BE, text_BE, plan.pairs, alike_BE, generator)
                 found.append(("contrast", term))
+            if self.objectives.local:
+                found.append(("local", self.compare_parts(plan.pairs, *encoded[-2:])))
             for reading in self.join(plan.pairs, wrong_B, generator):
                 found += self.ask(reading, self.encode(reading))
-        return added(found)
+        return added([*found, *self.compare_findings(plan, encoded)])
 
     def loss(self, terms: Mapping[str, Term]) -> Tensor:
         """The weighted sum of the terms' means: what a step descends."""
@@ -84,22 +88,28 @@ class Learner:
                 "no objective of this stage applies to the batch at hand; give mvm (images), mlm (reports) or contrast (pairs) "
                 "a positive weight, or raise joint_share until match has two pairs to compare"
             )
-        weights = self.objectives.model_dump(include={"mvm", "mlm", "contrast", "match", "anchor"})
+        weights = self.objectives.model_dump(include=set(config.WEIGHTS))
         return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
 
     # The parts of a step, for one that computes them piece by piece (fedmix/federation/microbatch.py).
 
     def plan(self, batch: Batch, generator: Generator) -> Plan:
         """What a batch has the model read before its pairs are compared, with all that is hidden of it."""
-        rows, readings, pairs = _rows(batch), [], None
-        if batch.image is not None and len(rows.image_alone) and self.objectives.mvm:
-            readings.append(self._images(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator))
-        if batch.text is not None and len(rows.text_alone) and self.objectives.mlm:
-            readings.append(self._reports(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator))
+        rows, readings, pairs = rows_of(batch), [], None
+        wants_all = bool(self.objectives.semantic)
+        if batch.image is not None and len(rows.image_alone) and (self.objectives.mvm or wants_all):
+            alone = self._images(batch.image[rows.image_alone], self.objectives.hide_image_alone, generator)
+            readings.append(self._with_findings(alone, batch, batch.has_image & ~batch.has_text))
+        if batch.text is not None and len(rows.text_alone) and (self.objectives.mlm or wants_all):
+            alone = self._reports(batch.text[rows.text_alone], self.objectives.hide_text_alone, generator)
+            readings.append(self._with_findings(alone, batch, batch.has_text & ~batch.has_image))
         if batch.image is not None and batch.text is not None and len(rows.image_paired):
             pairs = Pairs(batch.image[rows.image_paired], batch.text[rows.text_paired], self._patients(batch))
-            readings.append(self._images(pairs.image_BSS, self.objectives.hide_image_paired, generator))
-            readings.append(self._reports(pairs.words_BL, self.objectives.hide_text_paired, generator))
+            for side in (
+                self._images(pairs.image_BSS, self.objectives.hide_image_paired, generator),
+                self._reports(pairs.words_BL, self.objectives.hide_text_paired, generator),
+            ):
+                readings.append(self._with_findings(side, batch, batch.is_paired))
         return Plan(tuple(readings), pairs)
 
     def encode(self, reading: Reading) -> Encoded:
@@ -131,7 +141,7 @@ class Learner:
         What is hidden of a study, and whether a pair is read as one sequence too, depends on no other study: ``joint_share``
         is each pair's own chance here.
         """
-        rows, plan = _rows(batch), self.plan(batch, generator)
+        rows, plan = rows_of(batch), self.plan(batch, generator)
         of_image_N, of_text_N = batch.has_image.nonzero().flatten(), batch.has_text.nonzero().flatten()
         whose = {"image": of_image_N[rows.image_alone], "text": of_text_N[rows.text_alone]}
         alone = plan.readings if plan.pairs is None else plan.readings[:-2]
@@ -177,7 +187,9 @@ class Learner:
         ``alike_BE``: the reports' features for soft targets (``likeness``). Wrong reports are None where matching takes others.
         """
         projection, compared_BB = self.model.projection, pairs.compared
-        if self.model.contrast_form == "sigmoid":
+        if self.model.contrast_form == "margin":
+            term = margin_contrast_term(image_BE, text_BE, compared_BB=compared_BB)
+        elif self.model.contrast_form == "sigmoid":
             term = sigmoid_contrast_term(
                 image_BE, text_BE, projection.temperature(), projection.bias(), compared_BB=compared_BB
             )
@@ -195,6 +207,28 @@ class Learner:
             return term, None
         logits_BB = similarity(image_BE, text_BE) / projection.temperature()
         return term, hard_negatives(logits_BB, generator, compared_BB=compared_BB)
+
+    def compare_parts(self, pairs: Pairs, image: Encoded, text: Encoded) -> Term:
+        """Contrast between the patches and the sentences of the same pairs."""
+        sentence_BML = placed(sentences(pairs.words_BL, self.word_ids), self.model.device)
+        return local_term(
+            self.model.embed_patches(image),
+            self.model.embed_sentences(text, sentence_BML),
+            sentence_BML.any(dim=-1),
+            self.model.projection.temperature(),
+            compared_BB=pairs.compared,
+        )
+
+    def compare_findings(self, plan: Plan, encoded: Sequence[Encoded]) -> Iterator[tuple[str, Term]]:
+        """Contrast between all images and all reports of which findings are known, where the batch has both."""
+        sides: dict[str, list[Known]] = {"image": [], "text": []}
+        for reading, tokens in zip(plan.readings, encoded, strict=True):
+            if reading.findings_NF is not None:
+                sides[reading.modality].append(known(self.embedding(reading, tokens), reading.findings_NF))
+        images, texts = (joined(side) for side in sides.values())
+        if images is not None and texts is not None:
+            temperature = self.model.projection.temperature()
+            yield "semantic", semantic_term(images, texts, temperature, likeness_temperature=self.objectives.soft_temperature)
 
     def likeness(self, words_BL: Tensor) -> Tensor:
         """Features [B, E] of whole reports as the round-start model reads them; outside a round, as the model itself does."""
@@ -240,6 +274,14 @@ class Learner:
             hidden_ML=words.hidden_BL if self.objectives.mlm else None,
             asks_anchor=self._asks_anchor,
         )
+
+    def _with_findings(self, reading: Reading, batch: Batch, is_read_B: Tensor) -> Reading:
+        """The reading with the findings of the studies that it is of, where an objective compares them."""
+        if not self.objectives.semantic:
+            return reading
+        if batch.findings is None:
+            raise DataError("semantic compares findings, and the batch does not say any; give its sampler a FindingsReader")
+        return replace(reading, findings_NF=batch.findings[is_read_B])
 
     @property
     def _asks_anchor(self) -> bool:
@@ -330,51 +372,11 @@ def _frozen(model: MixedModel) -> MixedModel:
     return copy.deepcopy(model).requires_grad_(requires_grad=False)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a batch. ``patient_B``: whose they are, None if it does not matter."""
-
-    image_BSS: Tensor
-    words_BL: Tensor
-    patient_B: Tensor | None
-
-    @property
-    def compared(self) -> Tensor | None:
-        """Bool [B, B], True where pair j may be a negative of pair i; None: everywhere."""
-        return None if self.patient_B is None else other_patients(self.patient_B)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a step reads before pairs are compared. Where there are pairs the last two readings are their images and reports."""
-
-    readings: tuple[Reading, ...]
-    pairs: Pairs | None
-
-
 class _Hide(NamedTuple):
     """How much is hidden of either side of a joint sequence."""
 
     image: float
     text: float
-
-
-@dataclass(frozen=True)
-class _Rows:
-    image_alone: Tensor
-    text_alone: Tensor
-    image_paired: Tensor
-    text_paired: Tensor
-
-
-def _rows(batch: Batch) -> _Rows:
-    paired_image, paired_text = batch.is_paired[batch.has_image], batch.is_paired[batch.has_text]
-    return _Rows(
-        image_alone=(~paired_image).nonzero().flatten(),
-        text_alone=(~paired_text).nonzero().flatten(),
-        image_paired=paired_image.nonzero().flatten(),
-        text_paired=paired_text.nonzero().flatten(),
-    )
 
 
 def added(found: Iterable[tuple[str, Term]]) -> dict[str, Term]:

@@ -3,7 +3,7 @@
 Rows of a reading do not look at each other. So a reading can be cut between any two, into micro-batches or among processes,
 and what its terms will count is known before anything is computed.
 
-Shapes: N sequences, M of them true, S pixels a side, P patches, K visible patches, L words.
+Shapes: N sequences, M of them true, S pixels a side, P patches, K visible patches, L words, F findings; B pairs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmix.batch import Batch
+from fedmix.objectives.alignment import other_patients
+
 
 @dataclass(frozen=True)
 class Reading:
     """Sequences, of which the first ``num_true`` are right and the others an image with a wrong report, for matching alone.
 
     ``image_NSS`` with ``visible_NK`` and ``read_NL`` are what is shown. ``hidden_MP`` and ``hidden_ML`` are True for what is
-    to be predicted, None where nothing is; ``words_ML`` are the words before they were hidden.
+    to be predicted, None where nothing is; ``words_ML`` are the words before they were hidden. ``findings_NF``: as in a Batch.
     """
 
     num_true: int
@@ -30,6 +33,7 @@ class Reading:
     read_NL: Tensor | None = None
     words_ML: Tensor | None = None
     hidden_ML: Tensor | None = None
+    findings_NF: Tensor | None = None
     asks_match: bool = False
     asks_anchor: bool = False
 
@@ -72,3 +76,46 @@ class Reading:
         if self.asks_anchor:
             found["anchor"] = torch.tensor(float(len(self)))
         return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a batch. ``patient_B``: whose they are, None if it does not matter."""
+
+    image_BSS: Tensor
+    words_BL: Tensor
+    patient_B: Tensor | None
+
+    @property
+    def compared(self) -> Tensor | None:
+        """Bool [B, B], True where pair j may be a negative of pair i; None: everywhere."""
+        return None if self.patient_B is None else other_patients(self.patient_B)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step reads before pairs are compared. Where there are pairs the last two readings are their images and reports."""
+
+    readings: tuple[Reading, ...]
+    pairs: Pairs | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of a batch's images, and which of its reports, are alone and which of a pair."""
+
+    image_alone: Tensor
+    text_alone: Tensor
+    image_paired: Tensor
+    text_paired: Tensor
+
+
+def rows_of(batch: Batch) -> Rows:
+    """The rows of a batch by what they are read as."""
+    paired_image, paired_text = batch.is_paired[batch.has_image], batch.is_paired[batch.has_text]
+    return Rows(
+        image_alone=(~paired_image).nonzero().flatten(),
+        text_alone=(~paired_text).nonzero().flatten(),
+        image_paired=paired_image.nonzero().flatten(),
+        text_paired=paired_text.nonzero().flatten(),
+    )

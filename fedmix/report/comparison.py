@@ -13,7 +13,7 @@ from fedmix.report import charts, markdown, measures, quantities
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
 from fedmix.report.study import MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
-NOT_YET = "no seed has it yet"
+ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
 ABOUT_INTERVALS = (
@@ -51,6 +51,7 @@ class RegimeTables:
 
     name: str
     num_seeds: str
+    winners: str
     means: Grid
     differences: Grid
     costs: tuple[CostRow, ...]
@@ -95,6 +96,7 @@ def tables(study: Study, regime: str) -> RegimeTables:
     return RegimeTables(
         name=regime,
         num_seeds=f"{done} of {quantities.plural(len(study.seeds), 'seed')} complete",
+        winners=_winners(study, regime, methods),
         means=_means(study, regime, methods),
         differences=_differences(study, regime, others),
         costs=tuple(_cost_row(method, study.cost(regime, method)) for method in methods if method not in UNTRAINED),
@@ -108,7 +110,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         parts += [f"# {one.name}", one.standing]
         for regime in one.regimes:
-            parts += [f"## {regime.name} ({regime.num_seeds})", measures.as_markdown(regime.means).rstrip()]
+            parts += [f"## {regime.name} ({regime.num_seeds})", regime.winners, measures.as_markdown(regime.means).rstrip()]
             parts += [f"{method_name(MAIN)} less each method:", measures.as_markdown(regime.differences).rstrip()]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [gap_sentence(gap) for gap in regime.gaps]
@@ -157,8 +159,22 @@ def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
     return Grid(tuple(MEASURES.values()), tuple(rows), _notes(rows))
 
 
+def _winners(study: Study, regime: str, methods: Sequence[str]) -> str:
+    """Who has the best mean where, and whether the main method is behind it by more than its seeds tell apart."""
+    told = []
+    for name, measure in MEASURES.items():
+        found = {method: one.mean for method in methods if (one := study.estimate(regime, method, name))}
+        if len(found) < 2:
+            continue
+        best = (max if measure.better == "higher" else min)(found, key=found.__getitem__)
+        less = study.difference(regime, best, name) if best != MAIN else None
+        standing = "" if less is None else ", clear of fedmix" if less.is_clear else ", not clear of fedmix"
+        told.append(f"{measure.title}: {method_name(best)} ({measure.show(found[best])}{standing})")
+    return f"Best means. {'; '.join(told)}." if told else ""
+
+
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    return (NOT_YET,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
+    return (ABSENT,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
 
 
 def _best(measure: Measure, estimates: Sequence[Estimate | None]) -> str:

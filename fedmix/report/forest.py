@@ -35,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Column:
-    """One measure of a block."""
+    """One measure of a block. A mark is None for a method that has not learnt what is measured, or in no seed yet."""
 
     title: str
     lines: tuple[str, ...]  # the title, cut to the column's width
@@ -43,7 +43,7 @@ class Column:
     stop: float
     zero: float
     ends: tuple[str, str]
-    marks: tuple[Mark, ...]
+    marks: tuple[Mark | None, ...]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def forest(study: Study) -> Forest:
             blocks.append(block)
             top = block.bottom + BLOCK_GAP
     told = "; ".join(
-        f"{block.name}: {name}: " + ", ".join(f"{column.title} {column.marks[row].text}" for column in block.columns)
+        f"{block.name}: {name}: "
+        + ", ".join(f"{column.title} {mark.text}" for column in block.columns if (mark := column.marks[row]))
         for block in blocks
         for row, (name, _) in enumerate(block.names)
     )
@@ -101,8 +102,8 @@ def _block(study: Study, regime: str, top: float) -> Block | None:
         if method not in (MAIN, *UNTRAINED)
     }
     rows = {method: by_measure for method, by_measure in found.items() if any(by_measure.values())}
-    names = [name for name in MEASURES if all(by_measure[name] for by_measure in rows.values())]
-    if not rows or not names:
+    names = [name for name in MEASURES if any(by_measure[name] for by_measure in rows.values())]
+    if not rows:
         return None
     first = top + ROW_HEIGHT * 2.5
     middles = [first + ROW_HEIGHT * (number + 0.5) for number in range(len(rows))]
@@ -110,7 +111,7 @@ def _block(study: Study, regime: str, top: float) -> Block | None:
     columns = []
     for number, name in enumerate(names):
         start = NAMES + (width + COLUMN_GAP) * number
-        estimates = [one for by_measure in rows.values() if (one := by_measure[name]) is not None]
+        estimates = [by_measure[name] for by_measure in rows.values()]
         columns.append(_column(MEASURES[name], estimates, middles, (start, start + width)))
     return Block(
         name=regime,
@@ -130,12 +131,16 @@ def _over_main(study: Study, regime: str, method: str, name: str) -> Estimate | 
     return Estimate(-one.mean, interval, {seed: -value for seed, value in one.by_seed.items()})
 
 
-def _column(measure: Measure, estimates: Sequence[Estimate], middles: Sequence[float], span: tuple[float, float]) -> Column:
+def _column(
+    measure: Measure, estimates: Sequence[Estimate | None], middles: Sequence[float], span: tuple[float, float]
+) -> Column:
     """A measure's marks on an axis around zero that spans the means, not the intervals: one wide interval would press all."""
-    reach = 1.25 * max(abs(one.mean) for one in estimates) or 1.0
+    reach = 1.25 * max(abs(one.mean) for one in estimates if one) or 1.0
     left, right = (-reach, reach) if measure.better == "higher" else (reach, -reach)
     across = charts.Scale(left, right, *span)
-    marks = tuple(_mark(measure, one, middle, across) for one, middle in zip(estimates, middles, strict=True))
+    marks = tuple(
+        None if one is None else _mark(measure, one, middle, across) for one, middle in zip(estimates, middles, strict=True)
+    )
     title = f"{measure.title}{f', {measure.unit}' if measure.unit else ''}"
     return Column(
         title, tuple(measure.short.split("\n")), *span, across(0.0), (signed(measure, left), signed(measure, right)), marks

@@ -13,6 +13,8 @@ OBJECTIVE_TITLES = {
     "mlm": "Masked language modelling",
     "contrast": "Image-text contrast",
     "match": "Image-text matching",
+    "semantic": "Contrast by findings",
+    "local": "Contrast of sentences and patches",
     "anchor": "Distance to the round's start",
 }
 CENTRAL_TITLES = {

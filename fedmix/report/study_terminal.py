@@ -23,6 +23,8 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
     yield Text.assemble((printable(one.name), "bold"), f"  {one.standing}")
     for regime in one.regimes:
         yield Text.assemble("\n", (printable(regime.name), "bold"), (f"  {regime.num_seeds}", "dim"))
+        if regime.winners:
+            yield Text(regime.winners, style="dim")
         yield from _split(regime.means, "mean", width)
         if regime.differences.rows:
             yield from _split(regime.differences, "fedmix less", width)

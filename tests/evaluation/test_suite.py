@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,24 @@ def test_the_quick_numbers_look_at_a_fixed_part_of_the_test():
     first, again = (quick(encoder, held_out(), tokenizer=ToyVocabulary(), prompts=PROMPTS, num_studies=30) for _ in range(2))
     assert first == again
     assert encoder.num_images == 60
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "missing"),
+    [
+        (("mvm",), {"classification/zero_shot", "classification/triggers", "retrieval", "language"}),
+        (("contrast",), {"regeneration", "language"}),
+        (("mlm", "semantic"), {"regeneration"}),
+        ((), set()),
+        (None, set()),
+    ],
+)
+def test_what_a_model_has_not_learnt_has_no_number_and_the_reason(
+    trained_on: tuple[str, ...] | None, missing: set[str]
+) -> None:
+    """A model that learnt nothing at all is measured everywhere: it is the floor. So is one of which nobody knows."""
+    settings = replace(SETTINGS, trained_on=trained_on)
+    found = evaluate(OracleEncoder(), held_out(), tokenizer=ToyVocabulary(), settings=settings, prompts=PROMPTS)
+    assert set(found.skipped) == missing
+    assert not missing & set(found.values)
+    assert all("the model learnt" in why for why in found.skipped.values())

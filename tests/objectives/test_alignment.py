@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmix.objectives.alignment import (
+    MARGIN,
     contrast_term,
     hard_negatives,
+    margin_contrast_term,
     match_term,
     other_patients,
     sigmoid_contrast_term,
@@ -204,3 +206,36 @@ def test_match_by_hand() -> None:
     """A logit of ln 3 says 3/4: right about a pair costs ln 4/3, wrong about a mismatch ln 4."""
     term = match_term(torch.tensor([math.log(3), math.log(3)]), torch.tensor([True, False]))
     assert term.total.item() == pytest.approx(math.log(4 / 3) + math.log(4), abs=1e-6)
+
+
+# ---- the margin form
+
+
+def test_margin_contrast_equals_torchs_multi_margin_loss_both_ways() -> None:
+    image, text = pairs(5)
+    alike = image @ text.T
+    own = torch.arange(5)
+    expected = sum(F.multi_margin_loss(way, own, margin=MARGIN, reduction="sum") for way in (alike, alike.T))
+    term = margin_contrast_term(image, text)
+    assert term.total.item() == pytest.approx(0.5 * float(expected), rel=1e-5)
+    assert term.weight.item() == 5
+
+
+def test_margin_contrast_leaves_alone_what_is_far_enough_apart() -> None:
+    """Right pairs are equal and wrong ones at a right angle: no gradient, where InfoNCE would still pull."""
+    image = torch.eye(3).requires_grad_()
+    margin_contrast_term(image, torch.eye(3)).total.backward()
+    assert image.grad is not None
+    assert (image.grad == 0).all()
+
+
+def test_margin_contrast_leaves_out_what_is_not_compared() -> None:
+    image, text = pairs(4)
+    apart = torch.eye(4, dtype=torch.bool)
+    apart[0, 1:], apart[1:, 0] = True, True
+    term = margin_contrast_term(image, text, compared_BB=apart)
+    alike, total = image @ text.T, 0.0
+    for i, j in apart.nonzero().tolist():
+        if i != j:
+            total += float(F.relu(MARGIN - alike[i, i] + alike[i, j]) + F.relu(MARGIN - alike[j, j] + alike[i, j]))
+    assert term.total.item() == pytest.approx(0.5 * total / 4, rel=1e-5)

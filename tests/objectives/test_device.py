@@ -4,6 +4,7 @@ lies on the CPU, and cannot answer a question, as for a number, that a program w
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,13 +37,18 @@ def on(device: torch.device, *, contrast_form: str = "softmax", **objectives: fl
     return learner.at_round_start()
 
 
-@pytest.mark.parametrize("objectives", [{}, LOOKS_BACK, {"contrast_form": "sigmoid"}], ids=["plain", "looks_back", "sigmoid"])
+@pytest.mark.parametrize(
+    "objectives",
+    [{}, LOOKS_BACK, {"contrast_form": "sigmoid"}, {"contrast_form": "margin"}, {"semantic": 1.0, "local": 1.0}],
+    ids=["plain", "looks_back", "sigmoid", "margin", "findings_and_parts"],
+)
 def test_a_step_sends_what_it_needs_to_the_models_device_and_never_asks_it(
     objectives: dict[str, Any], elsewhere: torch.device
 ) -> None:
     learner = on(elsewhere, **objectives)
     for step in range(2):  # the second has a past to compare with
-        terms = learner.terms(tiny.batch("iittpppp", seed=step), tiny.generator())
+        batch = replace(tiny.batch("iittpppp", seed=step), findings=torch.eye(8))
+        terms = learner.terms(batch, tiny.generator())
         assert {term.total.device for term in terms.values()} == {elsewhere}
         loss = learner.loss(terms)
         loss.backward()

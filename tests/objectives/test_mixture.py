@@ -456,6 +456,12 @@ def test_odd_pair_goes_to_either_side_by_chance() -> None:
         ),
         pytest.param(
             "p",
+            {"contrast": 1.0, "hide_image_paired": 0.1, "sizes": {"contrast_form": "margin"}},
+            0.01,
+            id="margin contrast (a guess costs .35: seven wrong sides of eight, each way, half of both)",
+        ),
+        pytest.param(
+            "p",
             {
                 "match": 1.0,
                 "contrast": 0.01,

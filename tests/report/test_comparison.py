@@ -62,6 +62,17 @@ def test_tables_hold_means_differences_and_mark_what_is_clear(folder: Path) -> N
     assert (narrow.text, narrow.is_best) == ("+0.22", False)
 
 
+def test_who_has_the_best_mean_is_said_with_what_seeds_tell_apart(folder: Path, tmp_path: Path) -> None:
+    """Pooled training leads in both regimes; where the main method leads nothing is to be told apart."""
+    for regime in compared(read_study(folder)).regimes:
+        assert regime.winners.startswith("Best means. Zero-shot AUROC: centralised (")
+        assert regime.winners.count("clear of fedmix") == len(MEASURES)
+    alone = [{"fedmix": 0.6, "paired_only": 0.3}, {"fedmix": 0.62, "paired_only": 0.28}]
+    [regime] = compared(read_study(written(tmp_path / "alone", {"scarce": alone}))).regimes
+    assert regime.winners.count(": fedmix (") == len(MEASURES)
+    assert "clear of" not in regime.winners
+
+
 def test_costs_and_gaps_are_told_and_an_untrained_model_costs_nothing(folder: Path) -> None:
     plentiful = compared(read_study(folder)).regimes[0]
     rows = {row.name: row.texts for row in plentiful.costs}

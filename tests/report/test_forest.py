@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ from synthetic_study import LEVELS
 from synthetic_study import write_study as written
 
 from fedmix.errors import RunError
+from fedmix.report.comparison import compared
 from fedmix.report.forest import Column, forest
 from fedmix.report.html import write_comparison, write_study
 from fedmix.report.study import MEASURES, Study, read_study
@@ -89,6 +91,23 @@ def test_the_picture_is_xml_that_stands_alone(study: Study, tmp_path: Path) -> N
         assert math.isfinite(float(circle.attrib["cx"]))
         assert 0 < float(circle.attrib["cx"]) < float(root.attrib["width"])
         assert 0 < float(circle.attrib["cy"]) < float(root.attrib["height"])
+
+
+def test_a_method_that_has_not_learnt_a_measure_has_a_dash_there_and_marks_elsewhere(tmp_path: Path) -> None:
+    folder = written(tmp_path / "study", {"scarce": LEVELS["scarce"]})
+    for path in folder.glob("scarce/*/report.json"):
+        report = json.loads(path.read_text())
+        del report["baselines"]["paired_only"]["evaluation"]["retrieval"]
+        report["baselines"]["paired_only"]["evaluation"]["skipped"] = {"retrieval": "the model learnt mvm"}
+        path.write_text(json.dumps(report))
+    study = read_study(folder)
+    assert [mark is None for mark in column(study, 0, "image_to_text_r10").marks] == [True, False, False, False]
+    assert None not in column(study, 0, "psnr_db").marks
+    root = ElementTree.fromstring(write_study(tmp_path / "figure.svg", [study]).read_text())
+    assert sum(one.text == "\N{EN DASH}" for one in root.iter(f"{SVG}text")) == 2  # either direction of retrieval
+    means = compared(study).regimes[0].means
+    cells = {row.name: row.cells for row in means.rows}["paired only"]
+    assert [cell.text for cell in cells if cell and cell.note] == ["\N{EN DASH}"] * 2
 
 
 def test_untrained_models_would_press_all_others_together(tmp_path: Path) -> None:

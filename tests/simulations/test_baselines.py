@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from little import World, everyone, values
 
@@ -201,3 +203,11 @@ def test_the_best_site_is_the_one_with_the_best_number_that_all_have() -> None:
     assert baselines.best({"a": found(0.6, 0.9), "b": found(0.7, 0.8)}) == "b"
     assert baselines.best({"a": found(0.6, 0.9), "b": found(None, 0.8)}) == "a", "then the probe decides"
     assert baselines.best({"a": {}, "b": {}}) == "a"
+
+
+def test_a_union_keeps_findings_where_all_batches_tell_them() -> None:
+    told = [replace(tiny.batch(kinds), findings=torch.full((len(kinds), 3), said)) for kinds, said in (("ip", 1.0), ("t", 0.0))]
+    together = baselines.union(told)
+    assert together.findings is not None
+    assert together.findings[:, 0].tolist() == [1.0, 1.0, 0.0]
+    assert baselines.union([told[0], tiny.batch("t")]).findings is None
