@@ -74,6 +74,29 @@ def test_what_is_new_in_the_log_is_told_in_words_once(made: Home, tmp_path: Path
     assert agent.known_words("all is well\n") is None
 
 
+ENDED = "ERROR :     Exit Code: 305\nFailed to initialize the connection to the SuperLink.\n"
+REFUSED = f"{ENDED}[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: "
+
+
+@pytest.mark.parametrize(
+    ("log", "said", "mend"),
+    [
+        (f"{REFUSED}unable to get local issuer certificate (_ssl.c:1006)\n", "not signed by ca.crt", "for its ca.crt"),
+        (f"{REFUSED}self-signed certificate in certificate chain\n", "not signed by ca.crt", "breaks TLS open"),
+        (f"{REFUSED}Hostname mismatch, certificate is not valid for '127.1'.\n", "not of the name", "dial the name"),
+        (f"{REFUSED}certificate has expired (_ssl.c:1006)\n", "has expired", "renews it by a new start"),
+        (f"{ENDED}[code: 2004] Failed to activate SuperNode.\n", "does not know this site's key", "send it key.pub and wait"),
+        ("INFO :      SuperNode terminated gracefully.\nINFO:     Shutting down\n", "a clock is wrong", "site doctor"),
+        ("ERROR:    [Errno 98] error while attempting to bind: address already in use\n", "port in site.yaml", "set it to 0"),
+    ],
+)
+def test_what_flower_writes_is_a_cause_in_words(log: str, said: str, mend: str) -> None:
+    """As a SuperNode of flwr 1.41.0 writes it; the cause of a refused certificate is in OpenSSL's words."""
+    meaning = agent.MEANINGS[agent.known_words(log) or ""]
+    assert said in meaning.said
+    assert mend in meaning.mend
+
+
 def test_a_supernode_that_ends_unasked_was_turned_down(made: Home) -> None:
     """So ends one whose clock is wrong: with code 0 and no other word than when it is asked to."""
     told: list[str] = []
