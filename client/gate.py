@@ -214,8 +214,12 @@ def _release(
         del coded
         if not norm <= admitted.policy.max_norm:  # so that NaN is refused
             raise PolicyError(f"the update is {norm:.3g} long, this site's policy lets {admitted.policy.max_norm:.3g} leave")
+        if admitted.experiment.secure_sum is not None:
+            answer = seal(admitted, answer)
+            content = answer.content
+            secure_gate.check_masked(admitted, message, answer, shapes(admitted, typed(order, "round", int)))
         place = content.config_records["receipt"]
-    metrics = sorted(content["metrics"]) if kind != "query" else []
+    metrics = sorted(content["metrics"]) if kind == "train" else []
     admitted.policy.check_names(content.keys(), groups.keys(), metrics)
     place["ledger"] = NO_HEAD_YET
     size = _measured(answer)
