@@ -24,7 +24,8 @@ from torch import Tensor
 
 from client import gate, messages, parameters, ranks
 from client.home import Home
-from client.secure import Attempt, SecureSite
+from client.secure import SecureSite
+from client.secure_state import Attempt
 from client.state import SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler
@@ -258,7 +259,8 @@ def _sealed(message: Message, answer: Message, place: Place) -> Message:
     model = _learner(place.experiment, stage.name).model
     shapes = {name: value.shape for name, value in parameters.reached(model, secure.streams[secure.site]).items()}
     record = answer.content.array_records["deltas"]
-    vectors, clipped, signature = secure.mask(attempt, {name: array.numpy() for name, array in record.items()}, shapes)
+    changes, base = {name: array.numpy() for name, array in record.items()}, messages.read_base(message)
+    vectors, clipped, signature = secure.mask(attempt, changes, shapes, base)
     return messages.sealed(message, answer, secure.phase, vectors, clipped, signature)
 
 

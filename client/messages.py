@@ -140,6 +140,11 @@ def read_phase(message: Message) -> Phase:
     return Phase(run, typed(order, "round", int), attempt, typed(order, "fingerprint", str))
 
 
+def read_base(message: Message) -> str:
+    """Which parameters an order has a site train from: their hash."""
+    return typed(_config(message, "order"), "base", str)
+
+
 def read_roster(message: Message) -> list[Signed]:
     """All sites' keys, as the server passes them on."""
     record = _config(message, "sum")

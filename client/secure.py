@@ -4,9 +4,10 @@ A deployed node starts a new process for every message, so an attempt's secrets 
 owner alone, until the attempt is over. Each phase follows the one before it, once: keys, shares, masked, done. So nothing is
 masked twice with the same masks, and of one site either the seed's share or the key's is revealed, never both.
 
-A run that was killed repeats its round with fresh keys, and a site then trains to the same change again. Two sums of one round
-over different sites, or with different weights, would show by their difference what a single site sent: so once this site has
-helped to unmask a round, it helps with a repeat only where sites, weights and survivors are the same.
+A run that was killed repeats its round with fresh keys, and one that is begun anew begins with the same parameters; a site
+then trains to the same change again. Two sums of that over different sites, or with different weights, would show by their
+difference what a single site sent: so once this site has helped to unmask a sum, it helps with another from the same
+parameters, in whatever run, only where sites, weights and survivors are the same.
 
 Between hospitals a site's keys are signed by the key that it registered, which the plan names. A simulated place has no such
 key: it makes one, which is believed to be its own, so there nothing is authenticated.
@@ -16,73 +17,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from cryptography.fernet import InvalidToken
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.secure_aggregation.crypto.shamir import create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
 from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat, share_keys_plaintext_separate
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Size
 
-from client.home import write_new
 from client.messages import Phase
+from client.secure_state import Attempt, SecureState, Shares, signing_key
 from fedmix import config
-from fedmix.disk import flush, reason_of
-from fedmix.errors import PolicyError, RunError, UpdateError
+from fedmix.errors import PolicyError, UpdateError
 from fedmix.federation import secure_keys, secure_sum
 from fedmix.federation.secure_keys import Signed, Statement
 from fedmix.federation.secure_sum import Member, Words
 from fedmix.federation.update import Tower
 
-FILE, IDENTITY = "secure_sum.json", "identity"
 SEED_SHARE_BYTES, KEY_SHARE_BYTES = 52, 68  # a share's number, and 32 or 48 bytes padded to blocks of 16
 LETTER_HEAD_BYTES = 20  # who writes to whom, and where the second part begins
-
-Shares = dict[Tower, tuple[str, str]]  # of a site's seed and of its key, in hexadecimal digits
-
-
-class Attempt(BaseModel):
-    """An attempt at a round's sum as this site keeps it; keys, seeds and shares are in hexadecimal digits.
-
-    ``roster``: statements by site, and ``signers`` their keys; ``sites``: those whose masks are in the upload. ``shares``: what
-    each site, this one too, gave to this one to keep.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    round_number: int
-    attempt: str
-    phase: Literal["keys", "shares", "masked"]
-    letters: str
-    masks: dict[Tower, str]
-    seeds: dict[Tower, str]
-    roster: dict[str, str]
-    signers: dict[str, str] = {}
-    sites: tuple[str, ...] = ()
-    shares: dict[str, Shares] = {}
-
-    def statement(self, site: str) -> Statement:
-        """A site's keys."""
-        return Statement.read(self.roster[site].encode())
-
-
-class Kept(BaseModel):
-    """What this site keeps of a run's sums: the attempt that goes on, and by round a hash of what it helped to unmask."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    attempt: Attempt | None = None
-    unmasked: dict[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -131,8 +91,8 @@ class SecureSite:
             seeds={tower: seed.hex() for tower, seed in seeds.items()},
             roster={self.site: statement.to_bytes().decode()},
         )
-        self._keep(self._kept().model_copy(update={"attempt": attempt}))
-        key = self._identity()
+        self._state.keep(attempt)
+        key = signing_key(self.key, self.state)
         signature = secure_keys.sign(key, secure_keys.KEYS, statement.to_bytes())
         return Signed(statement.to_bytes(), signature, secure_keys.signer_of(key))
 
@@ -192,11 +152,12 @@ class SecureSite:
         return opened
 
     def mask(
-        self, attempt: Attempt, changes: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, Size]
+        self, attempt: Attempt, changes: Mapping[str, NDArray[np.float32]], shapes: Mapping[str, Size], base: str
     ) -> tuple[dict[str, Words], int, bytes]:
         """The masked vectors by tower, how many values were clipped, and the signature over whose masks are in them.
 
-        It is on the disk that this attempt's masks are used before anything of them is returned.
+        ``base``: which parameters the site has trained from. Before anything is returned it is on the disk that this attempt's
+        masks are used.
         """
         members = self._members({site: attempt.statement(site) for site in attempt.sites})
         vectors: dict[str, Words] = {}
@@ -222,8 +183,8 @@ class SecureSite:
                     )
             vectors[tower] = vector
         digest = self._digest(attempt)
-        self._advance(attempt, phase="masked")
-        return vectors, num_clipped, secure_keys.sign(self._identity(), secure_keys.ROSTER, digest)
+        self._advance(attempt, phase="masked", base=base)
+        return vectors, num_clipped, secure_keys.sign(signing_key(self.key, self.state), secure_keys.ROSTER, digest)
 
     def reveal(self, survivors: Mapping[str, bytes]) -> dict[Tower, list[bytes]]:
         """By tower the shares that unmask the survivors' sum, in the order of its sites, and the end of this attempt.
@@ -242,8 +203,7 @@ class SecureSite:
         for tower, cohort in self.cohorts(attempt).items():
             if sum(site in survivors for site in cohort) >= self.settings.threshold:
                 revealed[tower] = [bytes.fromhex(attempt.shares[site][tower][0 if site in survivors else 1]) for site in cohort]
-        kept = self._kept()
-        self._keep(Kept(unmasked=kept.unmasked | {attempt.round_number: self._meaning(attempt, survivors)}))
+        self._state.finish(attempt.base, self._meaning(attempt, survivors) if revealed else None)
         return revealed
 
     def cohorts(self, attempt: Attempt) -> dict[Tower, tuple[str, ...]]:
@@ -295,68 +255,29 @@ class SecureSite:
         return hashlib.sha256(json.dumps([counts, sorted(survivors)]).encode()).hexdigest()
 
     def _check_repeat(self, attempt: Attempt, survivors: Mapping[str, bytes]) -> None:
-        before = self._kept().unmasked.get(attempt.round_number)
+        before = self._state.unmasked(attempt.base)
         if before is not None and before != self._meaning(attempt, survivors):
             raise PolicyError(
-                f"this site has helped to unmask round {attempt.round_number} over other sites or weights, and the two sums "
-                "together could show what one site sent; start the run anew"
+                "this site has helped to unmask a sum from the same parameters over other sites or weights, and the two "
+                "together could show what one site sent; have the same sites answer, or plan the experiment with another seed"
             )
 
     # ---- what is kept
 
     def _attempt(self, phase: str) -> Attempt:
         """The attempt that goes on, if it is the message's and in the phase that comes before this one."""
-        attempt = self._kept().attempt
+        attempt = self._state.attempt()
         expected = (self.phase.round_number, self.phase.attempt, phase)
         if attempt is None or (attempt.round_number, attempt.attempt, attempt.phase) != expected:
             raise PolicyError("the message is of another attempt at a secure sum, or comes a second time or too early")
         return attempt
 
     def _advance(self, attempt: Attempt, **changes: Any) -> None:
-        self._keep(self._kept().model_copy(update={"attempt": attempt.model_copy(update=changes)}))
-
-    def _kept(self) -> Kept:
-        path = self._file
-        try:
-            return Kept.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return Kept()
-        except (OSError, ValidationError) as error:
-            raise RunError(f"what this site keeps of its secure sums cannot be read ({type(error).__name__})") from None
-
-    def _keep(self, kept: Kept) -> None:
-        """Write what is kept, readable by its owner alone, there whole or not at all, even if the power fails."""
-        partial = self._file.with_suffix(".partial")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(kept.model_dump_json())
-            flush(partial)
-            os.replace(partial, self._file)
-            flush(self._file.parent)
-        except OSError as error:
-            raise RunError(f"this site's state cannot be kept: {reason_of(error)}; see to its state folder") from None
+        self._state.keep(attempt.model_copy(update=changes))
 
     @property
-    def _file(self) -> Path:
-        return self.state / self.phase.run / FILE
-
-    def _identity(self) -> ec.EllipticCurvePrivateKey:
-        """The key that this site signs with; a simulated place makes one when it is first asked for."""
-        path = self.key or self.state / IDENTITY
-        try:
-            if self.key is None and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                made = ec.generate_private_key(secure_keys.CURVE)
-                form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-                write_new(path, made.private_bytes(*form), mode=0o600)
-            key = serialization.load_ssh_private_key(path.read_bytes(), None)
-        except (OSError, ValueError) as error:
-            raise RunError(f"this site's key cannot be read ({type(error).__name__}); see to its home") from None
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise RunError("this site's key is of another kind than `fedmix site init` makes; see to its home")
-        return key
+    def _state(self) -> SecureState:
+        return SecureState(self.state, self.phase.run)
 
 
 def letter_bytes(num_towers: int) -> int:

@@ -62,7 +62,7 @@ class Crowd(Grid):
 
     def __init__(self, folder: Path, wanted: config.Experiment, *, registered: bool = False) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
-        self.folder, self.experiment = folder, wanted
+        self.folder, self.experiment, self.run_id = folder, wanted, "crowd"
         self.sites = list(wanted.data.sites)
         self.studies = {site.name: 5 + 3 * number for number, site in enumerate(self.sites)}
         chance = np.random.default_rng(len(self.sites))
@@ -87,7 +87,7 @@ class Crowd(Grid):
         """An attempt at a round."""
         settings = self.experiment.secure_sum
         assert settings is not None
-        return SecureRound(self, self.experiment, settings, self.roster, run="crowd", round_number=number, books=None)
+        return SecureRound(self, self.experiment, settings, self.roster, run=self.run_id, round_number=number, books=None)
 
     def train(self, secure: SecureRound, sites: Iterable[config.Site], *, number: int = 1) -> dict[str, str]:
         """Order the sites to train, and take what they send; what went wrong, by site."""
@@ -109,10 +109,10 @@ class Crowd(Grid):
 
     def order(self, site: config.Site, number: int = 1) -> messages.Order:
         """The order to train."""
-        words = {"base": "b", "nonce": "n", "plan": "", "groups": {}}
+        words = {"base": f"base of round {number}", "nonce": "n", "plan": "", "groups": {}}
         fingerprint = self.experiment.fingerprint()
         shapes = shapes_of(site.stream)
-        return messages.Order(site=site, run="crowd", round_number=number, fingerprint=fingerprint, shapes=shapes, **words)  # type: ignore[arg-type]
+        return messages.Order(site=site, run=self.run_id, round_number=number, fingerprint=fingerprint, shapes=shapes, **words)  # type: ignore[arg-type]
 
     def answer(self, message: Message) -> Message:
         """What a site answers, as it arrives."""
@@ -160,7 +160,7 @@ class Crowd(Grid):
         else:
             attempt = secure.read_letters(site_messages.read_by_site(message, "letters"))
             shapes = shapes_of(secure.streams[name])
-            vectors, clipped, signature = secure.mask(attempt, self.changes[name], shapes)
+            vectors, clipped, signature = secure.mask(attempt, self.changes[name], shapes, site_messages.read_base(message))
             plain = Message(RecordDict(), reply_to=message)
             return site_messages.sealed(message, plain, secure.phase, vectors, clipped, signature)
         return site_messages.phase_reply(message, secure.phase, name, phase, values)

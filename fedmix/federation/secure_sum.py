@@ -5,6 +5,12 @@ The sites that train a TOWER (fedmix/federation/update.py) are its cohort. Each 
 a stated range, and adds modulo 2^32 one stream of masks that it shares with each other member, with opposite signs, and one
 of its own seed. Alone such an upload is uniform noise; in the sum the shared streams cancel.
 
+What it promises, with keys that the plan names: a coordinator that follows the protocol learns sums of ``threshold`` sites or
+more, and fewer sites than that in league with it help it to nothing but their own parts of a sum. One that tells different
+sites of different survivors learns no site's own change as long as no site is in league with it, for ``threshold`` is more than
+half of the sites; of n sites with d allowed to drop out it gets no sum of fewer than ``threshold`` either where d (d + 1) < n.
+What a sum tells of its sites it tells (of two, each knows the other's part); only differential privacy bounds that.
+
 Weights follow from the plan's rule and from counts that are signed before anything is trained, so each site works out its
 own. Where sites drop out after their keys were shared, the sum is divided by the weights of those that are left. That is not
 the rule's own weighing of those that are left where it has a fixed mix of streams.

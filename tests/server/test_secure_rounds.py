@@ -20,7 +20,9 @@ from fedmix.deployment.ledger import Ledger
 from fedmix.errors import RunError
 from fedmix.federation.secure_sum import step_of
 from fedmix.federation.update import group_of, tower_of
+from fedmix.report.summary import Privacy
 from server.books import Books
+from server.secure import privacy_of
 from server.store import RunStore
 
 TOWERS = ("shared", "image", "text", "pair")
@@ -64,8 +66,16 @@ def test_a_site_that_drops_out_midway_costs_its_own_part_only(tmp_path: Path) ->
     assert [row(world)[f"secure_sum/sites/{tower}"] for tower in TOWERS] == [2.0, 0.0, 2.0, 0.0]
     image = [name for name in done.parameters if tower_of(group_of(name)) == "image"]
     assert all(torch.equal(value, done.parameters[name]) for name, value in world.initial().items() if name in image)
-    assert done.totals["secure_sum/fewest/shared"] == 2.0
-    assert done.totals["secure_sum/summed/image"] == 0.0
+    said = Privacy.model_validate({"mode": "none"} | privacy_of(world.experiment, done.totals)).secure_sum
+    assert said is not None
+    assert (said.threshold, said.rounds, said.clipped) == (2, 1, 0)
+    assert {tower: (one.rounds, one.fewest_sites) for tower, one in said.towers.items()} == {
+        "shared": (1, 2),
+        "image": (0, 0),
+        "text": (1, 2),
+        "pair": (0, 0),
+    }
+    assert said.step == step_of(world.experiment.secure_sum)
 
 
 def test_rounds_without_enough_sites_end_the_run(tmp_path: Path) -> None:
