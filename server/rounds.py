@@ -390,7 +390,11 @@ class RoundLoop:
         """The aggregated change of every parameter that was trained."""
         if current.secure is None:
             return aggregate.aggregate(updates, shapes, self._experiment.aggregation)
-        current.secure.unmask()
+        try:
+            current.secure.unmask()
+        except UpdateError:
+            current.failures |= current.secure.failures  # why sites did not help
+            raise
         return current.secure.changes(shapes, current.reach)
 
     def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:

@@ -39,8 +39,9 @@ def summing(
         (summing(stage={"optimiser": {"second_moment": "aggregated"}}), "set it to own"),
         (summing({"threshold": 1}), "greater than or equal to 2"),
         (summing({"bits": 25}), "less than or equal to 24"),
-        (summing(sites=4), r"has 4 sites, so secure_sum.threshold should be from 3 to 4, it is 2"),
-        (summing({"threshold": 4}), r"has 3 sites, so secure_sum.threshold should be from 2 to 3, it is 4"),
+        (summing(sites=4), r"has 4 sites, 4 of which a round asks, so secure_sum.threshold should be from 3 to 4, it is 2"),
+        (summing({"threshold": 3}, federation={"participation": 0.5}), r"2 of which a round asks, .* from 2 to 2, it is 3"),
+        (summing({"threshold": 4}), r"threshold should be from 2 to 3, it is 4"),
     ],
 )
 def test_what_needs_to_see_each_site_s_update_is_named(wanted: Any, why: str) -> None:

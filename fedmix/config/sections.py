@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -691,10 +693,13 @@ def _check_secure_sum(experiment: Experiment, settings: SecureSum) -> None:
 
 def _check_summed_stage(stage: Stage, experiment: Experiment, settings: SecureSum) -> None:
     sites = sites_of(stage, experiment.data.sites)
-    if not len(sites) / 2 < settings.threshold <= len(sites):
+    of_streams = Counter(site.stream for site in sites)
+    asked = sum(math.ceil(experiment.federation.participation * number) for number in of_streams.values())
+    if not len(sites) / 2 < settings.threshold <= asked:
         raise ValueError(
-            f"stage {stage.name!r} has {len(sites)} sites, so secure_sum.threshold should be from {len(sites) // 2 + 1} to "
-            f"{len(sites)}, it is {settings.threshold}: with half of the sites or fewer, one site's update could be unmasked"
+            f"stage {stage.name!r} has {len(sites)} sites, {asked} of which a round asks, so secure_sum.threshold should be "
+            f"from {len(sites) // 2 + 1} to {asked}, it is {settings.threshold}: with half of the sites or fewer, one site's update "
+            "could be unmasked"
         )
     if stage.optimiser.second_moment == "aggregated":
         raise ValueError(
