@@ -103,16 +103,7 @@ class SecureSite:
         """
         attempt = self._attempt("keys")
         statements = self._opened(roster, attempt)
-        order = sorted(statements)
-        given: dict[str, Shares] = {site: {} for site in order}
-        for tower, cohort in secure_sum.cohorts(self._members(statements), self.settings.threshold).items():
-            if self.site in cohort:
-                seeds = create_shares(bytes.fromhex(attempt.seeds[tower]), self.settings.threshold, len(cohort))
-                keys = create_shares(bytes.fromhex(attempt.masks[tower]), self.settings.threshold, len(cohort))
-                for site, seed, key in zip(cohort, seeds, keys, strict=True):
-                    given[site][tower] = seed.hex(), key.hex()
-        if not given[self.site]:
-            raise PolicyError(f"fewer than {self.settings.threshold} sites take part in every sum of this site")
+        given, order = self._shared_out(attempt, statements), sorted(statements)
         own = secure_keys.private_key(bytes.fromhex(attempt.letters))
         letters = {}
         for site in order:
@@ -123,7 +114,7 @@ class SecureSite:
             attempt,
             phase="shares",
             roster={site: one.to_bytes().decode() for site, one in statements.items()},
-            signers={statements[site].site: signed.signer for site, signed in self._by_site(roster).items()},
+            signers={Statement.read(signed.content).site: signed.signer for signed in roster},
             shares={self.site: given[self.site]},
         )
         return letters
@@ -164,24 +155,9 @@ class SecureSite:
         num_clipped = 0
         for tower, cohort in self.cohorts(attempt).items():
             weight = secure_sum.weights(members, tower, self.aggregation)[self.site]
-            places = secure_sum.layout(shapes, tower)
-            vector = np.zeros(sum(size for _, size in places), np.uint32)
-            start = 0
-            for name, size in places:
-                if name in changes:  # a group that the site did not train has not changed
-                    vector[start : start + size], clipped = secure_sum.quantise(changes[name], weight, self.settings)
-                    num_clipped += clipped
-                start += size
-            secure_sum.add_stream(vector, bytes.fromhex(attempt.seeds[tower]), 1)
-            own = secure_keys.private_key(bytes.fromhex(attempt.masks[tower]))
-            for other in cohort:
-                if other != self.site:
-                    secure_sum.add_stream(
-                        vector,
-                        secure_keys.shared_seed(own, attempt.statement(other).masks[tower]),
-                        secure_sum.sign_of(self.site, other),
-                    )
-            vectors[tower] = vector
+            vectors[tower], clipped = secure_sum.vector_of(changes, shapes, tower, weight, self.settings)
+            num_clipped += clipped
+            self._add_masks(vectors[tower], tower, cohort, attempt)
         digest = self._digest(attempt)
         self._advance(attempt, phase="masked", base=base)
         return vectors, num_clipped, secure_keys.sign(signing_key(self.key, self.state), secure_keys.ROSTER, digest)
@@ -212,6 +188,31 @@ class SecureSite:
         found = secure_sum.cohorts(members, self.settings.threshold)
         return {tower: cohort for tower, cohort in found.items() if self.site in cohort}
 
+    # ---- shares and masks
+
+    def _shared_out(self, attempt: Attempt, statements: Mapping[str, Statement]) -> dict[str, Shares]:
+        """What each site, this one too, is to keep of this site's secrets."""
+        given: dict[str, Shares] = {site: {} for site in statements}
+        threshold = self.settings.threshold
+        for tower, cohort in secure_sum.cohorts(self._members(statements), threshold).items():
+            if self.site in cohort:
+                seeds = create_shares(bytes.fromhex(attempt.seeds[tower]), threshold, len(cohort))
+                keys = create_shares(bytes.fromhex(attempt.masks[tower]), threshold, len(cohort))
+                for site, seed, key in zip(cohort, seeds, keys, strict=True):
+                    given[site][tower] = seed.hex(), key.hex()
+        if not given[self.site]:
+            raise PolicyError(f"fewer than {threshold} sites take part in every sum of this site")
+        return given
+
+    def _add_masks(self, vector: Words, tower: Tower, cohort: tuple[str, ...], attempt: Attempt) -> None:
+        """Add this site's own stream, and those that it shares with the others of a tower, in place."""
+        secure_sum.add_stream(vector, bytes.fromhex(attempt.seeds[tower]), 1)
+        own = secure_keys.private_key(bytes.fromhex(attempt.masks[tower]))
+        for other in cohort:
+            if other != self.site:
+                seed = secure_keys.shared_seed(own, attempt.statement(other).masks[tower])
+                secure_sum.add_stream(vector, seed, secure_sum.sign_of(self.site, other))
+
     # ---- what is believed
 
     def _opened(self, roster: list[Signed], attempt: Attempt) -> dict[str, Statement]:
@@ -232,10 +233,6 @@ class SecureSite:
         if len(set(points)) != len(points):
             raise PolicyError("two sites say that the same key is theirs")
         return statements
-
-    @staticmethod
-    def _by_site(roster: list[Signed]) -> dict[str, Signed]:
-        return {Statement.read(signed.content).site: signed for signed in roster}
 
     def _members(self, statements: Mapping[str, Statement]) -> list[Member]:
         return [Member(site, self.streams[site], one.studies) for site, one in sorted(statements.items())]

@@ -698,8 +698,8 @@ def _check_summed_stage(stage: Stage, experiment: Experiment, settings: SecureSu
     if not len(sites) / 2 < settings.threshold <= asked:
         raise ValueError(
             f"stage {stage.name!r} has {len(sites)} sites, {asked} of which a round asks, so secure_sum.threshold should be "
-            f"from {len(sites) // 2 + 1} to {asked}, it is {settings.threshold}: with half of the sites or fewer, one site's update "
-            "could be unmasked"
+            f"from {len(sites) // 2 + 1} to {asked}, it is {settings.threshold}: with half of the sites or fewer, one "
+            "site's update could be unmasked"
         )
     if stage.optimiser.second_moment == "aggregated":
         raise ValueError(

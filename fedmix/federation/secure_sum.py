@@ -114,6 +114,27 @@ def quantise(change: NDArray[np.float32], weight: float, settings: config.Secure
     return np.rint(values).astype(np.int32).view(np.uint32), num_clipped
 
 
+def vector_of(
+    changes: Mapping[str, NDArray[np.float32]],
+    shapes: Mapping[str, Sequence[int]],
+    tower: Tower,
+    weight: float,
+    settings: config.SecureSum,
+) -> tuple[Words, int]:
+    """A tower's changes as one vector of words (``layout``), and how many values were clipped.
+
+    A parameter that is not among them was not trained, and has not changed.
+    """
+    places = layout(shapes, tower)
+    vector, start, num_clipped = np.zeros(sum(size for _, size in places), np.uint32), 0, 0
+    for name, size in places:
+        if name in changes:
+            vector[start : start + size], clipped = quantise(changes[name], weight, settings)
+            num_clipped += clipped
+        start += size
+    return vector, num_clipped
+
+
 def check_range(total: Words, weight: float, num_sites: int, settings: config.SecureSum) -> None:
     """Raise UpdateError for a sum beyond what sites of this weight together can have sent.
 
