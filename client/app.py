@@ -13,17 +13,19 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from client import gate, messages, parameters, ranks
 from client.home import Home
+from client.secure import SecureSite
+from client.secure_state import Attempt
 from client.state import SiteState
 from fedmix import config
 from fedmix.data.loading import Indices, Sampler, sampler_of
@@ -44,58 +46,62 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node's files are: its name, the experiment it agreed to, its prepared shard, and its own state folder."""
+    """Where a node's files are: its name, the experiment it agreed to, its prepared shard, and its own state folder.
+
+    ``key``: the file of its registered key, and ``registered``: all sites' public keys; a simulated place has neither.
+    """
 
     site: str
     experiment: Path
     shard: Path
     state: Path
+    key: Path | None = None
+    registered: Mapping[str, str] | None = None
 
 
 Locate = Callable[[Context], Place | Home]
+Job = Callable[[Message, Place], Message]
+PHASES = ("keys", "shares", "unmask")  # of a secure sum, beside the order to train
 
 
 def build_app(locate: Locate) -> ClientApp:
     """A ClientApp for the node that ``locate`` describes: a simulated place, or a hospital's home, whose policy rules."""
-    app = ClientApp()
-
-    @app.query()
-    def greet(message: Message, context: Context) -> Message:
-        return _answer(_greet, message, context, locate)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return _answer(_train, message, context, locate)
-
-    return app
+    return _app(_greet, _train, {"keys": _keys, "shares": _shares, "unmask": _unmask}, locate)
 
 
 def build_refusal(why: str, locate: Locate) -> ClientApp:
     """A ClientApp that answers everything with a refusal, which is in the ledger of a home."""
-    app = ClientApp()
 
     def refuse(message: Message, place: Place) -> Message:
         raise PolicyError(why)
 
-    @app.query()
-    def greet(message: Message, context: Context) -> Message:
-        return _answer(refuse, message, context, locate)
+    return _app(refuse, refuse, dict.fromkeys(PHASES, refuse), locate)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return _answer(refuse, message, context, locate)
 
+def _app(greet: Job, train: Job, phases: Mapping[str, Job], locate: Locate) -> ClientApp:
+    """A ClientApp of one job for each kind of message; ``phases``: those of a secure sum, by name."""
+    app = ClientApp()
+    app.query()(partial(_answer, greet, locate))
+    app.train()(partial(_answer, train, locate))
+    for name, job in phases.items():
+        app.query(name)(partial(_answer, job, locate))
     return app
 
 
-def _answer(job: Callable[[Message, Place], Message], message: Message, context: Context, locate: Locate) -> Message:
+def _answer(job: Job, locate: Locate, message: Message, context: Context) -> Message:
     """A job's reply, or a refusal; what a bug raises is named by its kind only, for its text may quote data."""
     place: Place | Home | None = None
     try:
         place = locate(context)
         if isinstance(place, Place):
-            return job(message, place)
-        return gate.guarded(place, message, lambda admitted: job(message, _place(place, admitted)), _trained_shapes)
+            return _sealed(message, job(message, place), place)
+        return gate.guarded(
+            place,
+            message,
+            lambda admitted: job(message, _place(place, admitted)),
+            _trained_shapes,
+            lambda admitted, answer: _sealed(message, answer, _place(place, admitted)),
+        )
     except parameters.NeedsAllError as error:
         return messages.refusal(message, str(error), messages.NEEDS_ALL)
     except FedmixError as error:
@@ -131,7 +137,7 @@ def from_node_config(context: Context) -> Place | Home:
 
 def _place(home: Home, admitted: gate.Admitted) -> Place:
     """Where a job that the gate has admitted finds its files."""
-    return Place(admitted.site, admitted.experiment_file, admitted.shard, home.state)
+    return Place(admitted.site, admitted.experiment_file, admitted.shard, home.state, home.key, admitted.keys)
 
 
 def _trained_shapes(admitted: gate.Admitted, round_number: int) -> gate.Shapes:
@@ -139,9 +145,6 @@ def _trained_shapes(admitted: gate.Admitted, round_number: int) -> gate.Shapes:
     stage, _ = admitted.experiment.stage_of(round_number)
     model = _learner(admitted.experiment_file, stage.name).model
     return {name: value.shape for name, value in parameters.reached(model, admitted.stream).items()}
-
-
-app = build_app(from_node_config)
 
 
 def _greet(message: Message, place: Place) -> Message:
@@ -168,6 +171,8 @@ def _train(message: Message, place: Place) -> Message:
     experiment = _experiment(place.experiment)
     site = _site(experiment, place.site)
     stage, stage_began = _stage_of(order, experiment, site)
+    if experiment.secure_sum is not None:
+        _opened(message, place)  # before hours of training whose update could not leave
     torch.set_num_threads(experiment.federation.threads_per_site)
     job = materials(place, stage.name)
     state = SiteState(place.state, order.run)
@@ -195,6 +200,68 @@ def _train(message: Message, place: Place) -> Message:
     # Before the reply: a committed round must find it.
     state.finish(order.round_number, residual)
     return messages.reply(message, order, update, coded, trained_s=trained_s, privacy=spent.facts() if spent else {})
+
+
+def _secure_site(message: Message, place: Place) -> SecureSite:
+    """This site in the attempt at a round's secure sum that a message is of."""
+    phase, experiment = messages.read_phase(message), _experiment(place.experiment)
+    site = _site(experiment, place.site)
+    stage, _ = _stage_of(phase, experiment, site)
+    if experiment.secure_sum is None:
+        raise PolicyError("the experiment given to this site has no secure sum")
+    return SecureSite(
+        site=site.name,
+        phase=phase,
+        streams={one.name: one.stream for one in config.sites_of(stage, experiment.data.sites)},
+        studies=len(_rows(Shard.open(place.shard, verify=False), site.stream)),
+        stage=stage,
+        settings=experiment.secure_sum,
+        aggregation=experiment.aggregation,
+        state=place.state,
+        key=place.key,
+        registered=place.registered,
+    )
+
+
+def _keys(message: Message, place: Place) -> Message:
+    secure = _secure_site(message, place)
+    signed = secure.make_keys()
+    keys = ConfigRecord({"content": signed.content, "signature": signed.signature, "signer": signed.signer})
+    return messages.phase_reply(message, secure.phase, secure.site, "keys", keys)
+
+
+def _shares(message: Message, place: Place) -> Message:
+    secure = _secure_site(message, place)
+    letters = secure.write_letters(messages.read_roster(message))
+    return messages.phase_reply(message, secure.phase, secure.site, "shares", ConfigRecord(dict(letters)))
+
+
+def _unmask(message: Message, place: Place) -> Message:
+    secure = _secure_site(message, place)
+    revealed = secure.reveal(messages.read_by_site(message, "signatures"))
+    shares = ConfigRecord({str(tower): each for tower, each in revealed.items()})
+    return messages.phase_reply(message, secure.phase, secure.site, "unmask", shares)
+
+
+def _opened(message: Message, place: Place) -> tuple[SecureSite, Attempt]:
+    """This site in its attempt at a secure sum, with the shares that the order brings from the other sites."""
+    secure = _secure_site(message, place)
+    return secure, secure.read_letters(messages.read_by_site(message, "letters"))
+
+
+def _sealed(message: Message, answer: Message, place: Place) -> Message:
+    """The answer as it leaves: an update with masks over it, if the experiment has secure sums, and any other as it is."""
+    experiment = _experiment(place.experiment)
+    if message.metadata.message_type != "train" or experiment.secure_sum is None:
+        return answer
+    secure, attempt = _opened(message, place)
+    stage, _ = _stage_of(secure.phase, experiment, _site(experiment, place.site))
+    model = _learner(place.experiment, stage.name).model
+    shapes = {name: value.shape for name, value in parameters.reached(model, secure.streams[secure.site]).items()}
+    record = answer.content.array_records["deltas"]
+    changes, base = {name: array.numpy() for name, array in record.items()}, messages.read_base(message)
+    vectors, clipped, signature = secure.mask(attempt, changes, shapes, base)
+    return messages.sealed(message, answer, secure.phase, vectors, clipped, signature)
 
 
 def _spend(place: Place, job: Materials, order: messages.Order) -> Spent | None:
@@ -257,7 +324,9 @@ def _steps(
     )
 
 
-def _stage_of(order: messages.Order, experiment: config.Experiment, site: config.Site) -> tuple[config.Stage, int]:
+def _stage_of(
+    order: messages.Order | messages.Phase, experiment: config.Experiment, site: config.Site
+) -> tuple[config.Stage, int]:
     """The stage that an order belongs to and the stage's first round, if this site agreed to take part in it."""
     if order.fingerprint != experiment.fingerprint():
         raise ConfigError("the server runs another experiment than the one given to this site (fingerprints differ)")
@@ -360,3 +429,6 @@ def _site(experiment: config.Experiment, name: str) -> config.Site:
 
 def _stage(experiment: config.Experiment, name: str) -> config.Stage:
     return next(stage for stage in experiment.stages if stage.name == name)
+
+
+app = build_app(from_node_config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from client import gate, parameters
+from client import gate, parameters, secure_gate
 from client.home import DIGEST, Home
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
@@ -109,6 +109,8 @@ def _hindrances(home: Home, plan: plans.Plan, digest: str) -> Iterator[str]:
     try:
         gate.check_plan(plan, settings.name, datetime.datetime.now(datetime.UTC).date())
         policy.check_privacy(plan.resolved().privacy)
+        policy.check_secure_sum(plan.resolved().secure_sum)
+        secure_gate.check_own_key(plan, home)
     except FedmixError as error:
         yield str(error)
     if plan.coordinator != settings.coordinator:

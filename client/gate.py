@@ -10,7 +10,6 @@ The ledger has an entry for every message, on the disk before the message is ans
 from __future__ import annotations
 
 import datetime
-import io
 import math
 import os
 import time
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
-from numpy.typing import NDArray
 from torch import Size
 
+from client import secure_gate
+from client.fields import check_fields, exact
 from client.home import DIGEST, Home
 from client.policy import Policy
 from fedmix import config
@@ -62,7 +61,10 @@ MAX_METRICS = 32
 
 @dataclass(frozen=True)
 class Admitted:
-    """A message that may be answered: the approved plan it names and where the plan's experiment lies as a file."""
+    """A message that may be answered: the approved plan it names and where the plan's experiment lies as a file.
+
+    ``keys``: the sites' registered public keys, by the plan's word.
+    """
 
     site: str
     policy: Policy
@@ -72,6 +74,7 @@ class Admitted:
     shard: Path
     studies: int
     since: float
+    keys: Mapping[str, str]
 
     @property
     def stream(self) -> config.StreamName:
@@ -80,11 +83,16 @@ class Admitted:
 
 
 def guarded(
-    home: Home, message: Message, job: Callable[[Admitted], Message], shapes: Callable[[Admitted, int], Shapes]
+    home: Home,
+    message: Message,
+    job: Callable[[Admitted], Message],
+    shapes: Callable[[Admitted, int], Shapes],
+    seal: Callable[[Admitted, Message], Message],
 ) -> Message:
     """A job's answer to a message, if this hospital's policy admits the one and lets the other leave.
 
-    ``shapes``: of the parameters that this site may train in a round of the plan. Raises what the job raised, and PolicyError
+    ``shapes``: of the parameters that this site may train in a round of the plan. ``seal``: masks an update that was found
+    fit to leave, where the plan has a secure sum; what comes of it is checked too. Raises what the job raised, and PolicyError
     or another FedmixError for what is refused; either is in the ledger before it is raised.
     """
     ledger, facts = home.ledger(), _facts(message)
@@ -92,7 +100,7 @@ def guarded(
     try:
         admitted = admit(home, message)
         answer = job(admitted)
-        return _release(home, admitted, message, answer, shapes)
+        return _release(home, admitted, message, answer, shapes, seal)
     except LedgerError:
         raise  # nothing can be written down, so nothing but this leaves
     except Exception as error:
@@ -112,12 +120,14 @@ def admit(home: Home, message: Message, *, now: datetime.datetime | None = None)
     check_plan(plan, settings.name, now.astimezone(datetime.UTC).date())
     experiment = plan.resolved()
     policy.check_privacy(experiment.privacy)
+    policy.check_secure_sum(experiment.secure_sum)
+    secure_gate.check_own_key(plan, home)
     site = next(site for site in experiment.data.sites if site.name == settings.name)
     studies = len(Shard.open(settings.shard, verify=False).select("train", site.stream))
     if studies < policy.min_studies:
         raise PolicyError(f"this site takes part with {policy.min_studies} training studies or more, and has fewer")
     file = _experiment_file(home, digest, experiment)
-    return Admitted(settings.name, policy, digest, experiment, file, settings.shard, studies, since)
+    return Admitted(settings.name, policy, digest, experiment, file, settings.shard, studies, since, plan.keys)
 
 
 def check_plan(plan: plans.Plan, site: str, day: datetime.date) -> None:
@@ -182,6 +192,7 @@ def _release(
     message: Message,
     answer: Message,
     shapes: Callable[[Admitted, int], Shapes],
+    seal: Callable[[Admitted, Message], Message],
 ) -> Message:
     """The answer with the ledger's head in it, once it has been checked and written down."""
     if answer.has_error():
@@ -193,14 +204,22 @@ def _release(
     if kind == "query":
         _check_greeting(admitted, answer)
         place = content.config_records["greeting"]
+    elif kind != "train":
+        secure_gate.check_phase(admitted, home, message, answer)
+        place = content.config_records["receipt"]
     else:
         order = message.content.config_records["order"]
         coded, groups = _check_update(admitted, order, answer, shapes(admitted, typed(order, "round", int)))
         norm = _norm(coded, shapes(admitted, typed(order, "round", int)), admitted.experiment.wire)
+        del coded
         if not norm <= admitted.policy.max_norm:  # so that NaN is refused
             raise PolicyError(f"the update is {norm:.3g} long, this site's policy lets {admitted.policy.max_norm:.3g} leave")
+        if admitted.experiment.secure_sum is not None:
+            answer = seal(admitted, answer)
+            content = answer.content
+            secure_gate.check_masked(admitted, message, answer, shapes(admitted, typed(order, "round", int)))
         place = content.config_records["receipt"]
-    metrics = sorted(content["metrics"]) if kind != "query" else []
+    metrics = sorted(content["metrics"]) if kind == "train" else []
     admitted.policy.check_names(content.keys(), groups.keys(), metrics)
     place["ledger"] = NO_HEAD_YET
     size = _measured(answer)
@@ -223,7 +242,7 @@ def _check_greeting(admitted: Admitted, answer: Message) -> None:
     if set(content) != {"greeting"} or not isinstance(content["greeting"], ConfigRecord):
         raise PolicyError("the greeting holds records that are none of a greeting")
     said = content["greeting"]
-    _check_fields(said, GREETING)
+    check_fields(said, GREETING)
     expected = (admitted.site, admitted.stream, admitted.experiment.fingerprint(), admitted.studies)
     if (said["site"], said["stream"], said["fingerprint"], said["studies"]) != expected:
         raise PolicyError("the greeting says something else than this site's settings, plan and shard do")
@@ -244,9 +263,9 @@ def _check_update(
     if set(content) != set(kinds) or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
         raise PolicyError("the reply holds records that are none of an update, or lacks one")
     receipt = content.config_records["receipt"]
-    _check_fields(receipt, RECEIPT)
+    check_fields(receipt, RECEIPT)
     if "privacy" in kinds:
-        _check_fields(content.metric_records["privacy"], PRIVACY)
+        check_fields(content.metric_records["privacy"], PRIVACY)
     if receipt["site"] != admitted.site or any(receipt[key] != order[key] for key in ECHOED):
         raise PolicyError("the reply's receipt is not of the order that it answers")
     if not admitted.since <= float(receipt["train_start"]) <= float(receipt["train_end"]) <= time.time():  # type: ignore[arg-type]
@@ -259,7 +278,7 @@ def _check_update(
     try:
         screening.check_work(examples, typed(receipt, "steps", int), metrics, asked)  # type: ignore[arg-type]
         screening.check_second_moments({name: typed(moments, name, float) for name in moments}, shapes, stage.optimiser)
-        arrays = {name: _exact(array) for name, array in content.array_records["deltas"].items()}
+        arrays = {name: exact(array) for name, array in content.array_records["deltas"].items()}
         coded = screening.check_arrays(arrays, shapes, admitted.stream, admitted.experiment.wire)
     except UpdateError as error:
         raise PolicyError(f"the reply is not what the plan has this site send: {error}") from None
@@ -269,12 +288,6 @@ def _check_update(
     return coded, groups
 
 
-def _check_fields(record: ConfigRecord | MetricRecord, kinds: Mapping[str, type]) -> None:
-    """Refuse a record with a field that is missing, of another type, or too many."""
-    if set(record) != set(kinds) or any(type(record[name]) is not kind for name, kind in kinds.items()):
-        raise PolicyError("the reply holds fields that nobody asked for, or lacks some")
-
-
 def _metrics(record: MetricRecord) -> dict[str, tuple[float, float]]:
     pairs = dict(record)
     if len(pairs) > MAX_METRICS or not all(
@@ -282,30 +295,6 @@ def _metrics(record: MetricRecord) -> dict[str, tuple[float, float]]:
     ):
         raise PolicyError("the reply holds metrics that are no pairs of sum and weight")
     return {name: (pair[0], pair[1]) for name, pair in pairs.items()}  # type: ignore[index]
-
-
-def _exact(array: Array) -> NDArray[Any]:
-    """An array whose bytes are those that numpy writes for it, and not one more."""
-    try:
-        header = io.BytesIO(array.data[: 1 << 10])
-        if array.stype != "numpy.ndarray" or np.lib.format.read_magic(header) != (1, 0):
-            raise ValueError
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header, max_header_size=1 << 10)
-        size, again = header.tell(), io.BytesIO()
-        descr = np.lib.format.dtype_to_descr(dtype)
-        np.lib.format.write_array_header_1_0(again, {"descr": descr, "fortran_order": is_fortran, "shape": shape})
-        is_exact = (
-            not dtype.hasobject
-            and not (is_fortran and len(shape) > 1)
-            and (array.dtype, tuple(array.shape)) == (str(dtype), shape)
-            and array.data[:size] == again.getvalue()
-            and len(array.data) - size == math.prod(shape) * dtype.itemsize
-        )
-        if not is_exact:
-            raise ValueError
-        return np.frombuffer(array.data, dtype, offset=size).reshape(shape)
-    except Exception as error:  # whatever numpy trips over, it is no array of an update
-        raise PolicyError(f"the reply holds an array with more than numbers in it ({type(error).__name__})") from None
 
 
 def _norm(coded: Mapping[str, Parts], shapes: Shapes, wire: config.Wire) -> float:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedmix.errors import UpdateError
 from fedmix.federation.compression import Parts
-from fedmix.federation.update import Update, typed
+from fedmix.federation.secure_keys import Signed
+from fedmix.federation.secure_sum import Words
+from fedmix.federation.update import Kind, Update, typed
 
 # Flower reserves codes below 1000 for itself; the reasons that go with these are safe to show.
 REFUSED = 1001
@@ -113,6 +115,92 @@ def reply(
     if privacy:
         records["privacy"] = MetricRecord({name: float(value) for name, value in privacy.items()})
     return Message(RecordDict(records), reply_to=message)
+
+
+# ---- a secure sum's (client/secure.py); server/secure.py is the other end
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Which attempt at which round's sum a message is of; ``fingerprint``: of the experiment that the server runs."""
+
+    run: str
+    round_number: int
+    attempt: str
+    fingerprint: str
+
+
+def read_phase(message: Message) -> Phase:
+    """What an order or another message of a secure sum is about; raises UpdateError if it is none."""
+    order = _config(message, "order")
+    run = typed(order, "run", str)
+    if not RUN_ID.fullmatch(run):
+        raise UpdateError("the server's message names its run with signs that are not allowed; is its fedmix of this version?")
+    attempt = typed(_config(message, "sum"), "attempt", str)
+    return Phase(run, typed(order, "round", int), attempt, typed(order, "fingerprint", str))
+
+
+def read_base(message: Message) -> str:
+    """Which parameters an order has a site train from: their hash."""
+    return typed(_config(message, "order"), "base", str)
+
+
+def read_roster(message: Message) -> list[Signed]:
+    """All sites' keys, as the server passes them on."""
+    record = _config(message, "sum")
+    contents, signatures = _list(record, "contents", bytes), _list(record, "signatures", bytes)
+    signers = _list(record, "signers", str)
+    if not len(contents) == len(signatures) == len(signers):
+        raise UpdateError("the server's message holds more keys than signatures, or fewer")
+    return [Signed(*one) for one in zip(contents, signatures, signers, strict=True)]
+
+
+def read_by_site(message: Message, field: str) -> dict[str, bytes]:
+    """One of a message's lists, such as the letters to this site, by the site it came from."""
+    record = _config(message, "sum")
+    sites, values = _list(record, "sites", str), _list(record, field, bytes)
+    if len(set(sites)) != len(sites) or len(sites) != len(values):
+        raise UpdateError("the server's message names a site twice, or not every site's part")
+    return dict(zip(sites, values, strict=True))
+
+
+def phase_reply(message: Message, phase: Phase, site: str, name: str, values: ConfigRecord) -> Message:
+    """A site's answer in a phase of a secure sum: ``values`` in a record of its name; the gate adds the ledger's head."""
+    receipt = ConfigRecord(
+        {
+            "run": phase.run,
+            "round": phase.round_number,
+            "fingerprint": phase.fingerprint,
+            "attempt": phase.attempt,
+            "site": site,
+            "ledger": NO_LEDGER,
+        }
+    )
+    return Message(RecordDict({"receipt": receipt, name: values}), reply_to=message)
+
+
+def sealed(
+    message: Message, answer: Message, phase: Phase, vectors: Mapping[str, Words], clipped: int, signature: bytes
+) -> Message:
+    """A reply with masked sums in the place of its changes."""
+    records = {name: record for name, record in answer.content.items() if name != "deltas"}
+    records["masked"] = ArrayRecord({tower: Array(vector) for tower, vector in vectors.items()})
+    records["sum"] = ConfigRecord({"attempt": phase.attempt, "clipped": clipped, "signature": signature})
+    return Message(RecordDict(records), reply_to=message)
+
+
+def _config(message: Message, name: str) -> ConfigRecord:
+    record = message.content.get(name) if message.has_content() else None
+    if not isinstance(record, ConfigRecord):
+        raise UpdateError(f"the server's message has no {name!r} that this version understands; is it for a secure sum?")
+    return record
+
+
+def _list(record: ConfigRecord, key: str, kind: type[Kind]) -> list[Kind]:
+    values = typed(record, key, list)
+    if not all(type(value) is kind for value in values):
+        raise UpdateError(f"field {key!r} of a message should be a list of {kind.__name__}")
+    return values
 
 
 def refusal(message: Message, reason: str, code: int = REFUSED) -> Message:

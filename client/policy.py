@@ -16,7 +16,10 @@ from fedmix.config.reading import MAX_CONFIG_BYTES, read_yaml
 from fedmix.disk import reason_of
 from fedmix.errors import ConfigError, PolicyError
 
-RECORDS = ("greeting", "receipt", "examples", "metrics", "second_moments", "privacy", "deltas")
+RECORDS = (
+    *("greeting", "receipt", "examples", "metrics", "second_moments", "privacy", "deltas"),
+    *("keys", "shares", "masked", "sum", "unmask"),  # of a secure sum
+)
 Pattern = Annotated[str, Field(pattern=re.compile(r"^[a-z0-9_.*/?\[\]-]{1,80}$"))]
 Hour = Annotated[int, Field(ge=0, le=24)]
 
@@ -74,14 +77,17 @@ class Policy(Part):
     def check_privacy(self, offered: config.Privacy) -> None:
         """Refuse a plan that protects patients less than this site asks for."""
         wanted = self.privacy
-        if wanted.secure_sum:
-            raise PolicyError("this site's policy asks for secure sums, which the plan does not have")
         if (wanted.mode == "dp" or wanted.epsilon is not None) and offered.mode != "dp":
             raise PolicyError("this site's policy asks for differential privacy, which the plan does not have")
         # The plan's epsilon bounds all that the site's privacy ledger holds, of earlier plans too (client/private.py).
         if wanted.epsilon is not None and (offered.epsilon is None or offered.epsilon > wanted.epsilon):
             asked = "no limit" if offered.epsilon is None else f"{offered.epsilon:g}"
             raise PolicyError(f"this site's policy gives an epsilon of {wanted.epsilon:g} at most, the plan asks for {asked}")
+
+    def check_secure_sum(self, offered: config.SecureSum | None) -> None:
+        """Refuse a plan that shows the coordinator this site's updates, where this site asks for secure sums."""
+        if self.privacy.secure_sum and offered is None:
+            raise PolicyError("this site's policy asks for secure sums, which the plan does not have")
 
     def check_names(self, records: Collection[str], groups: Collection[str], metrics: Collection[str]) -> None:
         """Refuse what holds a record, a parameter group or a metric that may not leave."""

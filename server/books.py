@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -21,18 +21,22 @@ from server.messages import Order, Reply
 
 @dataclass(frozen=True)
 class Books:
-    """The ledger of a run over real sites, and the digest of the plan that they approved."""
+    """The ledger of a run over real sites, the digest of the plan that they approved, and the sites' keys that it names."""
 
     ledger: Ledger
     plan: str
+    keys: Mapping[str, str] = field(default_factory=dict)
 
-    def asked(self, query: Message, site: str, run: str) -> None:
-        """Write down that a site is about to be asked whether it takes part."""
-        self._append("sent", query, site, {"run": run, "round": None, "direction": "out"})
+    def asked(self, query: Message, site: str, run: str, *, round_number: int | None = None) -> None:
+        """Write down that a site is about to be asked whether it takes part, or for its part in a round's secure sum."""
+        self._append("sent", query, site, {"run": run, "round": round_number, "direction": "out"})
 
-    def answered(self, answer: Message, site: str, run: str, *, head: str, why: str | None) -> None:
-        """Write down a greeting, or the reason that it is none."""
-        self._append("received", answer, site, {"run": run, "round": None, "direction": "in", "peer_head": head, "why": why})
+    def answered(
+        self, answer: Message, site: str, run: str, *, head: str, why: str | None, round_number: int | None = None
+    ) -> None:
+        """Write down what a site answered to a question, or the reason that it does not count."""
+        facts = {"run": run, "round": round_number, "direction": "in", "peer_head": head, "why": why}
+        self._append("received", answer, site, facts)
 
     def sent(self, message: Message, order: Order) -> None:
         """Write down an order that is about to leave, and put the ledger's head into it."""

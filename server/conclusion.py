@@ -19,7 +19,7 @@ from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from fedmix.federation import robust
 from fedmix.report import energy, summary
-from server import accounts
+from server import accounts, secure
 from server import held_out as central
 from server.home import PLAN
 from server.store import Parameters, RunStore, warm_start_hashes
@@ -112,7 +112,7 @@ def write_report(
             "bytes_down": _sum(totals, "bytes_down/"),
             "bytes_full_fp32": int(totals.get("bytes_full_fp32", 0)),
         },
-        privacy=accounts.privacy_of(experiment, totals),
+        privacy=accounts.privacy_of(experiment, totals) | secure.privacy_of(experiment, totals),
         timing={
             "wall_s": wall_s,
             "local_train_s": totals["local_train_s"],

@@ -77,7 +77,8 @@ def books_of(folder: Path, environment: Mapping[str, str]) -> Books | None:
         return None
     if LEDGER not in environment:
         raise RunError(f"{LEDGER} is not set; start flower-superexec with the coordinator's ledger in it")
-    return Books(Ledger(Path(environment[LEDGER])), plans.digest(folder / PLAN))
+    ledger, plan = Ledger(Path(environment[LEDGER])), folder / PLAN
+    return Books(ledger, plans.digest(plan), plans.read(plan).keys)
 
 
 def teller(folder: Path, show: Watch) -> Watch:

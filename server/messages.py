@@ -36,6 +36,7 @@ FLOWERS_ERRORS = {
 NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
 REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "privacy", "deltas"}
+MASKED_RECORDS = REPLY_RECORDS - {"deltas"} | {"masked", "sum"}
 RECEIPT_FIELDS = {"run", "round", "base", "fingerprint", "site", "nonce", "steps", "train_start", "train_end", "ledger"}
 PRIVACY_FIELDS = {"epsilon", "epsilon_rdp", "steps", "noise_multiplier", "sample_rate"}
 NO_LEDGER = ""  # simulated sites keep none
@@ -128,6 +129,57 @@ def order_content(
     return content, _num_bytes(record)
 
 
+@dataclass(frozen=True)
+class Summing:
+    """Which attempt at which round's secure sum a message is of; ``plan`` as in an order."""
+
+    run: str
+    round_number: int
+    fingerprint: str
+    plan: str
+    attempt: str
+
+
+def phase_message(node_id: int, phase: str, summing: Summing, values: ConfigRecord, *, deadline_s: float) -> Message:
+    """A message of a phase of a secure sum (server/secure.py); ``values`` hold the attempt, and what the phase tells."""
+    order = ConfigRecord(
+        {
+            "run": summing.run,
+            "round": summing.round_number,
+            "fingerprint": summing.fingerprint,
+            "plan": summing.plan,
+            "ledger": NO_LEDGER,
+        }
+    )
+    content = RecordDict({"order": order, "sum": values})
+    return Message(content, node_id, f"query.{phase}", ttl=deadline_s, group_id=str(summing.round_number))
+
+
+def read_phase(message: Message, phase: str, site: str, summing: Summing) -> tuple[ConfigRecord, str]:
+    """A site's answer in a phase of a secure sum, and its ledger's head. Raises UpdateError if it refused."""
+    if message.has_error():
+        raise UpdateError(reason(message))
+    if set(message.content) != {"receipt", phase}:
+        raise UpdateError("reply carries other records than its phase of a secure sum has")
+    receipt, values = _record(message.content, "receipt", ConfigRecord), _record(message.content, phase, ConfigRecord)
+    expected = {
+        "run": summing.run,
+        "round": summing.round_number,
+        "fingerprint": summing.fingerprint,
+        "attempt": summing.attempt,
+        "site": site,
+    }
+    if set(receipt) != {*expected, "ledger"} or any(receipt[key] != value for key, value in expected.items()):
+        raise UpdateError("reply answers another message of a secure sum")
+    return values, _head(receipt)
+
+
+def read_masked(message: Message) -> tuple[dict[str, NDArray[Any]], ConfigRecord]:
+    """The masked vectors of a reply by tower, views into the message, and what the site says of them."""
+    vectors, seal = _record(message.content, "masked", ArrayRecord), _record(message.content, "sum", ConfigRecord)
+    return {tower: _view(array) for tower, array in vectors.items()}, seal
+
+
 def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s: float) -> Message:
     """A round's order to a node; whatever carries it may give it up after the deadline, for nobody waits any longer."""
     plan = ConfigRecord(
@@ -154,17 +206,21 @@ def needs_all(message: Message) -> bool:
     return bool(message.has_error()) and message.error.code == NEEDS_ALL
 
 
-def read_reply(message: Message, order: Order) -> Reply:
+def read_reply(message: Message, order: Order, *, is_masked: bool = False) -> Reply:
     """The reply to an order. Raises UpdateError if the site refused, the reply is malformed or answers another order.
+
+    That of a secure sum ``is_masked``: its words are no arrays of a parameter's, and are left for ``read_masked``.
 
     What it costs is bounded by what arrived: headers are read, tensors are not.
     """
     if message.has_error():
         raise UpdateError(reason(message))
     content = message.content
-    if set(content) - REPLY_RECORDS:
-        raise UpdateError(f"reply carries {len(set(content) - REPLY_RECORDS)} records that nobody asked for")
-    receipt, record = _record(content, "receipt", ConfigRecord), _record(content, "deltas", ArrayRecord)
+    extra = set(content) - (MASKED_RECORDS if is_masked else REPLY_RECORDS)
+    if extra:
+        raise UpdateError(f"reply carries {len(extra)} records that nobody asked for")
+    receipt = _record(content, "receipt", ConfigRecord)
+    record = _record(content, "masked" if is_masked else "deltas", ArrayRecord)
     examples, metrics, moments = (_record(content, name, MetricRecord) for name in ("examples", "metrics", "second_moments"))
     expected = {
         "site": order.site.name,
@@ -185,7 +241,7 @@ def read_reply(message: Message, order: Order) -> Reply:
         steps=typed(receipt, "steps", int),
         metrics=_metrics(metrics),
         second_moments={name: typed(moments, name, float) for name in moments},
-        arrays={name: _view(array) for name, array in record.items()},
+        arrays={} if is_masked else {name: _view(array) for name, array in record.items()},
         bytes_up=_num_bytes(record),
         train_start=_moment(receipt, "train_start"),
         train_end=_moment(receipt, "train_end"),

@@ -27,7 +27,8 @@ class Agreed:
 
 def make_plan(home: Home, experiment: config.Experiment, sites: Sequence[str], *, out: Path, valid_days: int) -> Agreed:
     """Write a plan for the sites to approve, and keep what running it needs. Raises ConfigError."""
-    plan = Plan.of(experiment, sites, coordinator=home.settings().address, valid_days=valid_days)
+    keys = {} if experiment.secure_sum is None else _keys(home, sites)
+    plan = Plan.of(experiment, sites, coordinator=home.settings().address, valid_days=valid_days, keys=keys)
     own = config.build(_with_whole_paths(plans.restrict(experiment, sites)), source="the experiment")
     digest = plans.write(plan, out)
     home.plans.mkdir(exist_ok=True)
@@ -51,6 +52,17 @@ def read_plan(home: Home, path: Path) -> Agreed:
     if experiment.fingerprint() != plan.fingerprint:
         raise ConfigError(f"{_experiment_file(home, digest)} is not the plan's experiment; make a new plan")
     return Agreed(plan, digest, experiment)
+
+
+def _keys(home: Home, sites: Sequence[str]) -> dict[str, str]:
+    """The sites' registered keys, by which they know each other in a secure sum. Raises ConfigError if one is missing."""
+    registered = home.registered()
+    if missing := sorted(set(sites) - set(registered)):
+        raise ConfigError(
+            f"the plan of a secure sum names each site's key, and {', '.join(missing)} is not registered; ask for key.pub, "
+            "then: fedmix server register SITE --key key.pub"
+        )
+    return {site: registered[site].decode() for site in sites}
 
 
 def _experiment_file(home: Home, digest: str) -> Path:

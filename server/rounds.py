@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Size, Tensor
 
 from fedmix import config, heap
 from fedmix.errors import RunError, UpdateError
@@ -28,6 +29,7 @@ from server import messages
 from server.accounts import Taken, add, covered, facts_of_site, on_our_clock
 from server.books import Books
 from server.roster import POLL_S, Roster
+from server.secure import SecureRound
 from server.spool import Coded, Spool
 from server.store import Committed, Parameters, Row, RunStore, row_of
 
@@ -54,7 +56,8 @@ class Sent:
 class Round:
     """What one round gathers while replies come in; its rows are written down once it counts.
 
-    ``groups``: digests of the parameter groups it begins with; ``reach``: how far its steps can lead in each of them.
+    ``groups``: digests of the parameter groups it begins with; ``reach``: how far its steps can lead in each of them;
+    ``secure``: the sum that hides each site's update, None where updates come as they are.
     """
 
     number: int
@@ -62,6 +65,7 @@ class Round:
     started: float
     groups: Mapping[str, str]
     reach: Norms
+    secure: SecureRound | None
     taken: list[Taken] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
@@ -120,6 +124,7 @@ class RoundLoop:
             time.time(),
             digests(committed.parameters),
             screening.reach(committed.parameters, stages, self._experiment.wire),
+            self._secure_round(committed.round_number + 1),
         )
         spool = Spool(self._store.spool_folder)
         try:
@@ -132,6 +137,13 @@ class RoundLoop:
             spool.close()
         self._tell(done)
         return done
+
+    def _secure_round(self, number: int) -> SecureRound | None:
+        settings = self._experiment.secure_sum
+        if settings is None:
+            return None
+        run, roster = self._store.run_id, self._roster
+        return SecureRound(self._grid, self._experiment, settings, roster, run=run, round_number=number, books=self._books)
 
     def _tell(self, committed: Committed) -> None:
         if self._on_committed is not None:
@@ -174,12 +186,10 @@ class RoundLoop:
         struck_out = screen.struck_out() & {site.name for site in config.sites_of(current.stage, self._experiment.data.sites)}
         current.failures |= dict.fromkeys(struck_out, "refused too often, so it is not asked again in this run")
         chosen = self._roster.chosen(current.stage, current.number, struck_out)
-        away = self._roster.away(site.name for site in chosen)
+        present = self._present(current, chosen)
+        ready = present if current.secure is None else self._agreed(current, current.secure, present)
         began = time.monotonic()
-        for site in chosen:
-            if site.name in away:
-                self._drop(site.name, "its agent is not connected", current)
-                continue
+        for site in ready:
             order = self._order(site, current, committed.parameters)
             lacking = self._roster.lacks(site.name, order.groups)
             key = (site.stream, lacking)
@@ -188,6 +198,21 @@ class RoundLoop:
             waiting |= self._send(order, *contents[key], current, is_whole=len(lacking) == len(order.groups))
         took = time.monotonic() - began
         return {one: replace(sent, until=sent.until + took) for one, sent in waiting.items()}
+
+    def _present(self, current: Round, chosen: Sequence[config.Site]) -> list[config.Site]:
+        """The sites whose agents are connected; the others are dropped."""
+        away = self._roster.away(site.name for site in chosen)
+        for site in sorted(away):
+            self._drop(site, "its agent is not connected", current)
+        return [site for site in chosen if site.name not in away]
+
+    def _agreed(self, current: Round, secure: SecureRound, chosen: Sequence[config.Site]) -> list[config.Site]:
+        """The sites that have exchanged their keys for a secure sum; the others are dropped."""
+        try:
+            return secure.agree(chosen)
+        finally:
+            for site, why in sorted(secure.failures.items()):
+                self._drop(site, why, current)
 
     def _send_whole(self, current: Round, committed: Committed, sent: Sent) -> dict[str, Sent]:
         """The same order again, with everything: the site has lost what it held."""
@@ -203,6 +228,8 @@ class RoundLoop:
         federation = self._experiment.federation
         size_up = sum(4 * shape.numel() for shape in order.shapes.values())  # at most; a coding makes it less
         deadline_s = federation.deadline_s + (size + size_up) * 8 / (federation.slowest_link_mbit_s * 1e6)
+        if current.secure is not None:
+            content = RecordDict({**content, "sum": current.secure.part_of(order.site.name)})
         message = messages.order_message(node_id, order, content, deadline_s=deadline_s)
         if self._books is not None:
             self._books.sent(message, order)
@@ -241,9 +268,11 @@ class RoundLoop:
                 self._note(message, sent.order, why=messages.reason(message))
                 self._drop(site.name, messages.reason(message), current)
                 return
-            reply = messages.read_reply(message, sent.order)
+            reply = messages.read_reply(message, sent.order, is_masked=current.secure is not None)
             self._roster.holds(site.name, sent.order.groups)
             update, norm = self._screened(reply, sent.order, current, screen)
+            if current.secure is not None:
+                current.secure.take(message, sent.order)
             self._note(message, sent.order, reply=reply, norm=norm)
         except UpdateError as error:
             self._note(message, sent.order, why=str(error))
@@ -272,8 +301,13 @@ class RoundLoop:
         if self._books is not None:
             self._books.received(message, order, reply=reply, norm=norm, why=why)
 
-    def _screened(self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen) -> tuple[Coded, float]:
-        """The update and its length, once nothing is found wrong with it; what it holds is decoded a slab at a time."""
+    def _screened(
+        self, reply: messages.Reply, order: messages.Order, current: Round, screen: Screen
+    ) -> tuple[Coded, float | None]:
+        """The update and its length, once nothing is found wrong with it; what it holds is decoded a slab at a time.
+
+        Behind the masks of a secure sum neither is to be seen: the update holds the work done and no change.
+        """
         asked = screening.Asked(
             order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
         )
@@ -285,12 +319,16 @@ class RoundLoop:
             site=order.site.name,
             examples=examples,
             steps=reply.steps,
-            parts=screening.check_arrays(reply.arrays, order.shapes, order.site.stream, self._experiment.wire),
+            parts={}
+            if current.secure is not None
+            else screening.check_arrays(reply.arrays, order.shapes, order.site.stream, self._experiment.wire),
             shapes=order.shapes,
             wire=self._experiment.wire,
             metrics=reply.metrics,
             second_moments=reply.second_moments,
         )
+        if current.secure is not None:
+            return update, None
         norms = screening.norms_of(update, order.shapes)
         screen.take(update.site, order.site.stream, norms, current.reach)
         return update, math.hypot(*norms.values())
@@ -309,6 +347,7 @@ class RoundLoop:
         aggregate_s, busy_s = time.time() - gathered, covered([(one.train_start, one.train_end) for one in current.taken])
         values = {f"train/{name}": value for name, value in mean_metrics(update.metrics for update in updates).items()}
         values |= _facts_of_round(current, busy_s=busy_s, aggregate_s=aggregate_s) | {"aggregate/update_norm": norm}
+        values |= current.secure.facts() if current.secure is not None else {}
         self._say("round", current, None, values)
         self._diagnose(current, updates)
         waited = time.time()
@@ -347,7 +386,7 @@ class RoundLoop:
         shapes = {name: value.shape for name, value in committed.parameters.items()}
         parameters, outer, squared = dict(committed.parameters), dict(committed.outer), 0.0
         updates = [taken.update for taken in current.taken]
-        for name, delta in aggregate.aggregate(updates, shapes, self._experiment.aggregation):
+        for name, delta in self._changes(current, updates, shapes):
             moments = {moment: outer[key] for moment in ("velocity", "first", "second") if (key := f"{moment}/{name}") in outer}
             parameters[name], moments = outer_step(parameters[name], delta, moments, current.stage.outer)
             if not bool(parameters[name].isfinite().all()):
@@ -356,9 +395,20 @@ class RoundLoop:
             squared += float(delta.double().square().sum())
         return parameters, outer, squared**0.5
 
+    def _changes(self, current: Round, updates: Sequence[Coded], shapes: Mapping[str, Size]) -> Iterable[tuple[str, Tensor]]:
+        """The aggregated change of every parameter that was trained."""
+        if current.secure is None:
+            return aggregate.aggregate(updates, shapes, self._experiment.aggregation)
+        try:
+            current.secure.unmask()
+        except UpdateError:
+            current.failures |= current.secure.failures  # why sites did not help
+            raise
+        return current.secure.changes(shapes, current.reach)
+
     def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:
         """What the updates looked like beside each other; not of a crowd, whose numbers nobody would read."""
-        if len(updates) > MAX_DIAGNOSED:
+        if len(updates) > MAX_DIAGNOSED or current.secure is not None:
             return
         weights = weights_of(updates, self._experiment.aggregation)
         shapes = {name: shape for update in updates for name, shape in update.shapes.items()}
@@ -375,6 +425,8 @@ class RoundLoop:
             add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
             totals[f"studies/{site}"] = self._roster.studies[site]
             totals |= {f"privacy/{site}/{name}": value for name, value in taken.privacy.items()}
+        if current.secure is not None:
+            current.secure.count(totals)
         add(totals, "local_train_s", busy_s)
         add(totals, "aggregate_s", aggregate_s)
         return totals

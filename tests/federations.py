@@ -65,16 +65,17 @@ class Federation:
         own, control, health = free_ports(3)
         ports = ("--port", port or own, "--control-port", control, "--health-port", health)
         self.server("init", "--host", "localhost", *ports)
-        plan = self.folder / "plan.yaml"
-        config = write_config(self.folder, self.wanted)
-        self.server("plan", config, "--sites", ",".join(sites), "--out", plan)
         for name in sites:
             shard = self.world.shards[name]
             at = ("--coordinator", f"localhost:{port or own}", "--ca", self.hub / "ca.crt", "--shard", shard)
             self.site(name, "init", name, *at)
             (self.folder / name / "policy.yaml").write_text(yaml.safe_dump({"min_studies": 5}))
-            self.site(name, "approve", plan)
             self.server("register", name, "--key", self.folder / name / "key.pub")
+        plan = self.folder / "plan.yaml"
+        config = write_config(self.folder, self.wanted)
+        self.server("plan", config, "--sites", ",".join(sites), "--out", plan)
+        for name in sites:
+            self.site(name, "approve", plan)
         if port is not None:  # what hospitals dial leads here
             settings = yaml.safe_load((self.hub / "server.yaml").read_text())
             (self.hub / "server.yaml").write_text(yaml.safe_dump(settings | {"port": own}))

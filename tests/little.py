@@ -26,7 +26,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import Place, build_app
+from client.app import PHASES, Place, build_app
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from server import held_out as central
@@ -200,6 +200,9 @@ def hostile(honest: ClientApp, change: Change) -> ClientApp:
     @app.query()
     def greet(message: Message, context: Context) -> Message:
         return honest(message, context)
+
+    for phase in PHASES:
+        app.query(phase)(greet)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

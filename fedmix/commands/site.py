@@ -239,15 +239,26 @@ def _reviewed(found: Review) -> list[tuple[str, str]]:
         ("bytes, at most", f"{found.bytes_a_round} a round, {total} in all, repeated rounds apart"),
         ("never leaves", "images, reports, labels, names, identifiers, paths"),
         ("privacy", _protected(plan.resolved().privacy)),
+        ("", _summed(plan.resolved().secure_sum)),
     ]
 
 
 def _protected(privacy: config.Privacy) -> str:
     """What a plan does against updates that tell of patients."""
     if privacy.mode == "none":
-        return "updates are not noised and not summed in secret: they can reveal training data to the coordinator"
+        return "updates are not noised: who sees them can learn of training data"
     budget = "no limit" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
-    return f"DP-SGD, patients as the unit: {budget} at delta {privacy.delta:g} over all plans; updates are not summed in secret"
+    return f"DP-SGD, patients as the unit: {budget} at delta {privacy.delta:g} over all plans"
+
+
+def _summed(secure: config.SecureSum | None) -> str:
+    """What a plan lets the coordinator see of updates."""
+    if secure is None:
+        return "updates are not summed in secret: the coordinator sees this site's own"
+    return (
+        f"updates are summed in secret: the coordinator sees sums of {secure.threshold} sites or more, with changes cut to "
+        f"{secure.clip:g}; other sites are known by the keys that the plan names"
+    )
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

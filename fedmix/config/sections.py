@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -474,6 +476,21 @@ class Privacy(Section):
         return self
 
 
+class SecureSum(Section):
+    """The server learns sums of the sites' updates and no site's own (fedmix/federation/secure_sum.py).
+
+    A site's update cannot be screened then: its clip, and the policy of the hospital it leaves, are what bounds it.
+    """
+
+    threshold: Annotated[int, Field(ge=2)] = Field(
+        description="sites without which a tower's sum is not revealed; more than half of a stage's sites"
+    )
+    clip: Positive = Field(default=1.0, description="largest change of one parameter in a round; larger ones are cut to it")
+    bits: Annotated[int, Field(ge=8, le=24)] = Field(
+        default=24, description="of a change from -clip to clip; it travels in 32, so that sums do not overflow"
+    )
+
+
 class Evaluation(Section):
     """Central evaluation on the held-out set."""
 
@@ -538,6 +555,7 @@ class Experiment(Section):
     federation: Federation = Federation()
     privacy: Privacy = Privacy()
     attack: Attack | None = Field(default=None, description="a site that lies; no plan for real sites may hold one")
+    secure_sum: SecureSum | None = Field(default=None, description="null sends each site's update as it is")
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
         default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
@@ -555,6 +573,8 @@ class Experiment(Section):
             _check_private(self)
         if self.attack is not None:
             _check_attack(self.attack, self)
+        if self.secure_sum is not None:
+            _check_secure_sum(self, self.secure_sum)
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stage names must differ from each other")
@@ -603,6 +623,8 @@ class Experiment(Section):
             values.pop("privacy")
         if self.attack is None:
             values.pop("attack")
+        if self.secure_sum is None:
+            values.pop("secure_sum")
         values["model"].pop("size")  # the sizes it stands for are there
         values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
@@ -705,4 +727,57 @@ def _check_private(experiment: Experiment) -> None:
         raise ValueError(
             "privacy.mode = dp computes a site's step in one process and with its activations; set "
             "federation.processes_per_site to 1 and checkpoint_activations to false, and micro_batch where memory is short"
+        )
+
+
+def _check_secure_sum(experiment: Experiment, settings: SecureSum) -> None:
+    """Raise ValueError where a secure sum was asked for together with what needs to see each site's update."""
+    aggregation, wire = experiment.aggregation, experiment.wire
+    wanted = [
+        ("wire.coding", wire.coding, "float32", "the sum has a coding of its own"),
+        ("wire.keep", wire.keep, 1.0, "all sites add up the same parameters"),
+        ("aggregation.combine", aggregation.combine, "mean", "only a sum is revealed"),
+        ("aggregation.clip", aggregation.clip, None, "the server sees no site's update that it could shorten"),
+    ]
+    wrong = [(name, value, needed, why) for name, value, needed, why in wanted if value != needed]
+    if wrong:
+        name, value, needed, why = wrong[0]
+        raise ValueError(
+            f"secure_sum does not go with {name} = {value}, for {why}; set it to {'null' if needed is None else needed}"
+        )
+    if aggregation.rule in ("paired_only", "fedcola"):
+        raise ValueError(
+            f"secure_sum does not go with aggregation.rule = {aggregation.rule}, which gives sites of a sum no weight, and "
+            "a sum of fewer sites than the threshold would be revealed; choose modality_aware, modality_exact or fedavg_all"
+        )
+    if experiment.privacy.mode not in ("none", "dp"):
+        raise ValueError(
+            f"secure_sum does not go with privacy.mode = {experiment.privacy.mode}, which treats each site's update by itself; "
+            "set it to none or dp"
+        )
+    for stage in experiment.stages:
+        _check_summed_stage(stage, experiment, settings)
+
+
+def _check_summed_stage(stage: Stage, experiment: Experiment, settings: SecureSum) -> None:
+    sites = sites_of(stage, experiment.data.sites)
+    of_streams = Counter(site.stream for site in sites)
+    asked = sum(math.ceil(experiment.federation.participation * number) for number in of_streams.values())
+    if not len(sites) / 2 < settings.threshold <= asked:
+        raise ValueError(
+            f"stage {stage.name!r} has {len(sites)} sites, {asked} of which a round asks, so secure_sum.threshold should be "
+            f"from {len(sites) // 2 + 1} to {asked}, it is {settings.threshold}: with half of the sites or fewer, one "
+            "site's update could be unmasked"
+        )
+    if stage.optimiser.second_moment == "aggregated":
+        raise ValueError(
+            f"stage {stage.name!r}: secure_sum does not go with optimiser.second_moment = aggregated, which sends numbers "
+            "of each site's own; set it to own"
+        )
+    mix, rule = experiment.aggregation.shared_mix, experiment.aggregation.rule
+    silent = sorted({site.stream for site in sites if not getattr(mix, site.stream)})
+    if rule == "modality_aware" and silent:
+        raise ValueError(
+            f"stage {stage.name!r}: aggregation.shared_mix gives {', '.join(silent)} sites no weight, and secure_sum would "
+            "reveal a sum of the others alone; give them one, or leave them out of the stage"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,11 @@ Hash = Annotated[str, AfterValidator(_hash)]
 
 
 class Plan(BaseModel):
-    """What would run, where, until when and with which code. ``valid_until`` is the last day, in UTC."""
+    """What would run, where, until when and with which code. ``valid_until`` is the last day, in UTC.
+
+    ``keys``: each site's registered public key in OpenSSH's form, by which sites know each other in a secure sum; empty
+    without one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,13 +59,22 @@ class Plan(BaseModel):
     valid_until: datetime.date
     coordinator: str
     created: datetime.datetime
+    keys: dict[str, str] = {}
 
     @classmethod
-    def of(cls, experiment: config.Experiment, sites: Sequence[str], *, coordinator: str, valid_days: int) -> Plan:
+    def of(
+        cls,
+        experiment: config.Experiment,
+        sites: Sequence[str],
+        *,
+        coordinator: str,
+        valid_days: int,
+        keys: Mapping[str, str] | None = None,
+    ) -> Plan:
         """The plan of an experiment over some of its sites, valid from now on.
 
-        ``coordinator``: the address, host:port, that the sites dial. Raises ConfigError for a site that the experiment does
-        not know, or if the sites named leave a stage without any.
+        ``coordinator``: the address, host:port, that the sites dial. ``keys``: the sites' public keys, for a secure
+        sum. Raises ConfigError for a site that the experiment does not know, or if those named leave a stage without any.
         """
         if experiment.attack is not None:
             raise ConfigError("the experiment holds an attack, which is for simulations alone; take attack out of it")
@@ -78,6 +91,7 @@ class Plan(BaseModel):
             valid_until=created.date() + datetime.timedelta(days=valid_days),
             coordinator=coordinator,
             created=created,
+            keys=dict(keys or {}),
         )
 
     def resolved(self) -> config.Experiment:

@@ -73,6 +73,7 @@ def protection(report: Report) -> list[str]:
         "A site sends its changes to the parameters it trains, how many studies and examples stand behind them, its times and, "
         "without differential privacy, its losses. Pictures, reports, patient numbers and file names stay with it.",
         *_privacy_limits(report),
+        *_secure_limits(report),
         *_trust_limits(report),
     ]
 
@@ -237,6 +238,24 @@ def _privacy_limits(report: Report) -> Iterator[str]:
             "Epsilon is the largest site's, by the sites' own word and with the number of their patients taken as known; a "
             "patient of several sites bears the sum of theirs. No site told its losses, and examples are those expected."
         )
+
+
+def _secure_limits(report: Report) -> Iterator[str]:
+    """What the coordinator saw of updates, and what could not be looked at for it."""
+    secure = report.privacy.secure_sum
+    if secure is None:
+        return
+    yield (
+        f"Secure sum: the coordinator saw sums of {secure.threshold} sites or more and no site's update, rounded to steps of "
+        f"{secure.step:.2g} from {-secure.clip:g} to {secure.clip:g} ({secure.clipped} values were cut to that). Counts, "
+        "losses and times were each site's own."
+    )
+    seen = [
+        f"{tower} in {one.rounds} of {secure.rounds} rounds" + (f" over {one.fewest_sites} sites or more" if one.rounds else "")
+        for tower, one in secure.towers.items()
+    ]
+    yield f"Sums by part of the model: {quantities.listing(seen)}; without a sum a part stayed as it was."
+    yield f"Switched off by it: {quantities.listing(secure.switched_off)}. A wrong site is bounded by that range alone."
 
 
 def _trust_limits(report: Report) -> Iterator[str]:

@@ -257,10 +257,34 @@ class PrivateSite(Open):
     sample_rate: float
 
 
+class SummedTower(Open):
+    """In how many rounds a tower's sum was revealed, and over how few sites at least; 0 and 0 if it never was."""
+
+    rounds: int
+    fewest_sites: int
+
+
+class SecureSum(Open):
+    """What the coordinator saw of updates: sums of ``threshold`` sites or more, in whole steps from -clip to clip.
+
+    ``clipped``: changes of single parameters that were larger and were cut. ``switched_off``: what needs each site's own.
+    """
+
+    threshold: int
+    clip: float
+    bits: int
+    step: float
+    rounds: int
+    clipped: int
+    towers: dict[str, SummedTower]
+    switched_off: tuple[str, ...]
+
+
 class Privacy(Open):
     """Which protection the updates had; ``unit`` is what one epsilon covers, such as a patient.
 
-    ``relation``: when two data sets are neighbours. ``epsilon`` and ``steps`` are the largest of the sites'.
+    ``relation``: when two data sets are neighbours. ``epsilon`` and ``steps`` are the largest of the sites'. ``secure_sum``:
+    None where the coordinator saw each site's update.
     """
 
     mode: str
@@ -271,6 +295,7 @@ class Privacy(Open):
     accountant: str | None = None
     steps: float | None = None
     sites: tuple[PrivateSite, ...] = ()
+    secure_sum: SecureSum | None = None
 
 
 class Aggregation(Open):

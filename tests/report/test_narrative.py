@@ -58,6 +58,17 @@ def test_limits_name_the_baselines_that_were_not_run_and_the_missing_privacy_bou
     )
 
 
+def test_protection_says_what_the_coordinator_saw_of_updates_and_what_that_switched_off() -> None:
+    assert not [line for line in narrative.protection(report()) if "ecure sum" in line]
+    towers = {"shared": {"rounds": 2, "fewest_sites": 3}, "pair": {"rounds": 0, "fewest_sites": 0}}
+    secure = {"threshold": 2, "clip": 0.5, "bits": 16, "step": 0.5 / 32767, "rounds": 2, "clipped": 7, "towers": towers}
+    said = {"mode": "none", "secure_sum": secure | {"switched_off": ["one thing", "another"]}}
+    text = " ".join(narrative.protection(report(privacy=said)))
+    assert "sums of 2 sites or more and no site's update, rounded to steps of 1.5e-05 from -0.5 to 0.5 (7 values" in text
+    assert "shared in 2 of 2 rounds over 3 sites or more and pair in 0 of 2 rounds; without a sum a part stayed" in text
+    assert "Switched off by it: one thing and another." in text
+
+
 def test_protection_says_what_the_number_of_sites_lets_aggregation_promise() -> None:
     facts = {"rule": "modality_aware", "combine": "mean", "promises": ["image tower, 2 sites: bounded influence and no more."]}
     assert "Against a wrong site, image tower, 2 sites: bounded influence and no more." in narrative.protection(
