@@ -1,9 +1,20 @@
-"""What a job might try to smuggle out in its reply: the coordinator would see it if the gate let it pass."""
+"""What a job might try to smuggle out in its reply: what follows would be seen by the coordinator if the gate let it pass.
+
+``begin`` has the ClientApp of a real agent do so, one change a message; the agent's Python finds it by its environment.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from flwr.app import Array, ConfigRecord, Message, MetricRecord
+
+from client import messages
+
+TURNS = "FEDMIX_TEST_TURNS"  # names a file that has a byte for every reply that was changed
 
 
 def add_record(reply: Message) -> None:
@@ -96,3 +107,19 @@ CHANGES = [
     claim_type,
     drop_tensor,
 ]
+# Those that a real agent is tried with.
+TRIED = [add_field, enlarge, add_other_group, append_bytes]
+
+
+def begin() -> None:
+    """Change the replies of this process: the first of all by the first of those changes, and so on; then be honest."""
+    honest, turns = messages.reply, Path(os.environ[TURNS])
+
+    def changed(*arguments: Any, **options: Any) -> Message:
+        said, turn = honest(*arguments, **options), len(turns.read_bytes())
+        if turn < len(TRIED):
+            TRIED[turn](said)
+            turns.write_bytes(bytes(turn + 1))
+        return said
+
+    vars(messages)["reply"] = changed
