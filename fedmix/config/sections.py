@@ -119,11 +119,16 @@ class WarmStart(Section):
     text: Path | None = Field(
         default=None, description="a BERT's folder with config.json, model.safetensors and tokenizer.json"
     )
+    model: Path | None = Field(
+        default=None, description="a fedmix model folder such as runs/demo/model, of these sizes and vocabulary; taken whole"
+    )
 
     @model_validator(mode="after")
     def _something_to_read(self) -> WarmStart:
-        if self.image is None and self.text is None:
-            raise ValueError("give warm_start an image file, a text folder, or both; null starts at random")
+        if self.model is None and self.image is None and self.text is None:
+            raise ValueError("give warm_start an image file, a text folder, or both, or else a model folder; null starts at random")
+        if self.model is not None and (self.image is not None or self.text is not None):
+            raise ValueError("warm_start.model replaces every parameter; give it alone, or image and text without it")
         return self
 
 
