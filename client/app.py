@@ -34,6 +34,7 @@ from fedmix.federation import compression, local
 from fedmix.federation.local import Start
 from fedmix.federation.microbatch import parts_of
 from fedmix.federation.optimisers import OptimiserState
+from fedmix.federation.trainable import narrowed
 from fedmix.federation.update import Update
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
@@ -181,10 +182,12 @@ def _train(message: Message, place: Place) -> Message:
     with ThreadPoolExecutor(max_workers=1) as disk:  # a large model's files are written while the site computes
         kept = [disk.submit(state.keep_received, received)] if order.parameters else []
         started = time.time()
-        if spent is None:
-            update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
-        else:
-            update, moments = _private_steps(place, job, first_step, Start(memory.moments, order.second_moments), spent)
+        with narrowed(job.learner.model, experiment.privacy, experiment.seed, stage.name) as whole:
+            if spent is None:
+                update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
+            else:
+                update, moments = _private_steps(place, job, first_step, Start(memory.moments, order.second_moments), spent)
+        update = whole(update)
         trained_s = (started, time.time())
         kept.append(disk.submit(state.keep_moments, order.round_number, moments if stage.optimiser.keep_state else {}))
         # The seed holds the round and nothing that a repeat of it would change.

@@ -451,9 +451,12 @@ class Privacy(Section):
     studies_per_patient: Count = Field(
         default=4, description="at most so many of a patient's studies, drawn at random, make its gradient in one step"
     )
-    trainable: Literal["all", "heads"] = Field(
-        default="all", description="what is trained: everything, or decoder, word head and last norms on a trunk that stays"
+    trainable: Literal["all", "heads", "adapters"] = Field(
+        default="all",
+        description="what is trained, in every mode: everything; decoder, word head and last norms on a trunk that stays; or "
+        "low-rank adapters of the trunk alone (fedmix/model/adapters.py)",
     )
+    adapter_rank: Count = Field(default=4, description="rank of the adapters' change of each matrix, where these are trained")
 
     @model_validator(mode="after")
     def _noise_is_known(self) -> Privacy:
@@ -519,6 +522,8 @@ class Experiment(Section):
             _check_stage(stage, self)
         if self.privacy.mode == "dp":
             _check_private(self)
+        if self.privacy.trainable != "all":
+            _check_narrowed(self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stage names must differ from each other")
@@ -564,6 +569,8 @@ class Experiment(Section):
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
         if self.privacy.mode == "none":  # as before there was a choice
             values.pop("privacy")
+            if self.privacy.trainable != "all":
+                values["privacy"] = self.privacy.model_dump(mode="json", include={"trainable", "adapter_rank"})
         values["model"].pop("size")  # the sizes it stands for are there
         values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
@@ -622,6 +629,16 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
         raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")
     if aggregation.rule == "modality_aware" and not any(getattr(aggregation.shared_mix, stream) for stream in streams):
         raise ValueError(f"stage {stage.name!r}: aggregation.shared_mix is 0 for all of its streams {sorted(streams)}")
+
+
+def _check_narrowed(experiment: Experiment) -> None:
+    """Raise ValueError where a part of the model cannot be trained for itself."""
+    if experiment.federation.processes_per_site > 1:
+        raise ValueError("processes that share a batch train the whole model; set federation.processes_per_site to 1")
+    if experiment.privacy.trainable == "adapters" and any(
+        stage.optimiser.second_moment == "aggregated" for stage in experiment.stages
+    ):
+        raise ValueError("adapters stay at their site, and so do their moments; set optimiser.second_moment to own")
 
 
 def _check_private(experiment: Experiment) -> None:
