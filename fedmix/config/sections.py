@@ -475,6 +475,12 @@ class Evaluation(Section):
     mask_ratio: OpenFraction = 0.75
     num_bootstrap: int = Field(default=200, ge=20)
     regeneration_images: Count = 500
+    membership_patients: int = Field(
+        default=0,
+        ge=0,
+        description="patients on either side of the membership attack that a simulation makes on every model; 0 is none, 1000 "
+        "is a start. Only a simulation has the sites' patients; elsewhere `fedmix audit` at a site attacks",
+    )
     rerank_top: int = Field(
         default=0,
         ge=0,
@@ -509,7 +515,9 @@ class Experiment(Section):
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
-        default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
+        default={},
+        description="name -> overrides of this experiment; random_init evaluates the untrained model, public_init what "
+        "warm_start names",
     )
     study: Study | None = Field(default=None, description="repeats over seeds and regimes; null is one run")
 

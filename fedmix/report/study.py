@@ -39,7 +39,9 @@ MEASURES: dict[str, Measure] = {  # names in study.json
     "text_to_image_r10": measures.MEASURES[measures.TEXT_TO_IMAGE],
     "psnr_db": measures.MEASURES[measures.PSNR],
     "bits_per_token": measures.MEASURES[measures.BITS],
+    "membership_auc": measures.MEMBERSHIP,
 }
+ATTACK = "membership_auc"  # what a model gives away; most studies attack none
 
 
 @dataclass(frozen=True)
