@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedmix import config, heap
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import aggregate, diagnostics, screening
+from fedmix.federation.noisy import largest_deviation
 from fedmix.federation.outer import outer_step
 from fedmix.federation.screening import Norms, Screen
 from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, mean_metrics, num_bytes, tower_of
@@ -119,7 +120,12 @@ class RoundLoop:
             stage,
             time.time(),
             digests(committed.parameters),
-            screening.reach(committed.parameters, stages, self._experiment.wire),
+            screening.reach(
+                committed.parameters,
+                stages,
+                self._experiment.wire,
+                noise_std=largest_deviation(self._experiment, committed.parameters),
+            ),
         )
         spool = Spool(self._store.spool_folder)
         try:
@@ -273,7 +279,7 @@ class RoundLoop:
             order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
         )
         examples = screening.check_work(reply.examples, reply.steps, reply.metrics, asked)
-        if bool(reply.privacy) != (self._experiment.privacy.mode == "dp"):
+        if bool(reply.privacy) != self._experiment.privacy.is_counted_by_sites:
             raise UpdateError(f"the site's update does not fit privacy.mode = {self._experiment.privacy.mode}")
         screening.check_second_moments(reply.second_moments, order.shapes, current.stage.optimiser)
         update = Coded(

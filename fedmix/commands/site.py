@@ -246,7 +246,13 @@ def _protected(privacy: config.Privacy) -> str:
     if privacy.mode == "none":
         return "updates are not noised and not summed in secret: they can reveal training data to the coordinator"
     budget = "no limit" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
-    return f"DP-SGD, patients as the unit: {budget} at delta {privacy.delta:g} over all plans; updates are not summed in secret"
+    kinds = {
+        "dp": "DP-SGD, patients as the unit",
+        "noisy_updates": "whole updates noised here, this site as the unit",
+        "central_noise": "sums noised at the coordinator, who sees this site's updates, this site as the unit",
+    }
+    over = "the run" if privacy.mode == "central_noise" else "all plans"
+    return f"{kinds[privacy.mode]}: {budget} at delta {privacy.delta:g} over {over}; updates are not summed in secret"
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

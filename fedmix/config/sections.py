@@ -126,7 +126,9 @@ class WarmStart(Section):
     @model_validator(mode="after")
     def _something_to_read(self) -> WarmStart:
         if self.model is None and self.image is None and self.text is None:
-            raise ValueError("give warm_start an image file, a text folder, or both, or else a model folder; null starts at random")
+            raise ValueError(
+                "give warm_start an image file, a text folder, or both, or else a model folder; null starts at random"
+            )
         if self.model is not None and (self.image is not None or self.text is not None):
             raise ValueError("warm_start.model replaces every parameter; give it alone, or image and text without it")
         return self
@@ -435,19 +437,26 @@ class Federation(Section):
 
 
 class Privacy(Section):
-    """Differential privacy of patients at their site (fedmix/privacy/); science and limits: fedmix/privacy/dpsgd.py."""
+    """Differential privacy (fedmix/privacy/): of patients (limits: dpsgd.py), or of whole sites (limits: updates.py)."""
 
-    mode: Literal["none", "dp"] = Field(default="none", description="dp is DP-SGD with patients as the unit")
+    mode: Literal["none", "dp", "noisy_updates", "central_noise"] = Field(
+        default="none",
+        description="dp is DP-SGD at the sites with patients as the unit. With a whole site as the unit, noisy_updates cuts "
+        "and noises an update before it leaves, and central_noise noises the mean of cut updates at a server that sites trust",
+    )
     epsilon: Positive | None = Field(
         default=None,
-        description="most that a site's ledger may reach, over all rounds and runs that it holds; a round that would pass it "
-        "is refused. Null sets no limit",
+        description="most that a site's ledger may reach, over all rounds and runs that it holds (of central_noise the run's "
+        "own); a round that would pass it is refused. Null sets no limit",
     )
     delta: OpenFraction = Field(default=1e-5, description="must be below 1 over a site's patients")
     noise_multiplier: Positive | None = Field(
         default=None, description="sigma, noise over clip; null takes the least with which all planned rounds fit into epsilon"
     )
-    clip: Positive = Field(default=1.0, description="longest gradient of one patient in one step")
+    clip: Positive = Field(
+        default=1.0,
+        description="longest gradient of one patient in one step; where sites are the unit, longest update of a group",
+    )
     studies_per_patient: Count = Field(
         default=4, description="at most so many of a patient's studies, drawn at random, make its gradient in one step"
     )
@@ -460,11 +469,16 @@ class Privacy(Section):
 
     @model_validator(mode="after")
     def _noise_is_known(self) -> Privacy:
-        if self.mode == "dp" and self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("mode = dp needs a budget epsilon, a noise_multiplier, or both")
+        if self.mode != "none" and self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError(f"mode = {self.mode} needs a budget epsilon, a noise_multiplier, or both")
         if self.model_fields_set and "mode" not in self.model_fields_set:  # said outright, none may stand beside values
             raise ValueError("privacy is described without its mode, and nothing would be protected; set mode to dp")
         return self
+
+    @property
+    def is_counted_by_sites(self) -> bool:
+        """Whether each site keeps a ledger of what is spent and tells it with its update."""
+        return self.mode in ("dp", "noisy_updates")
 
 
 class Evaluation(Section):
@@ -530,6 +544,8 @@ class Experiment(Section):
             _check_stage(stage, self)
         if self.privacy.mode == "dp":
             _check_private(self)
+        if self.privacy.mode in ("noisy_updates", "central_noise"):
+            _check_whole_updates(self)
         if self.privacy.trainable != "all":
             _check_narrowed(self)
         names = [stage.name for stage in self.stages]
@@ -647,6 +663,18 @@ def _check_narrowed(experiment: Experiment) -> None:
         stage.optimiser.second_moment == "aggregated" for stage in experiment.stages
     ):
         raise ValueError("adapters stay at their site, and so do their moments; set optimiser.second_moment to own")
+
+
+def _check_whole_updates(experiment: Experiment) -> None:
+    """Raise ValueError where something would leave, or sway the sum, that noise on whole updates does not cover."""
+    mode, aggregation = experiment.privacy.mode, experiment.aggregation
+    if any(stage.optimiser.second_moment == "aggregated" for stage in experiment.stages):
+        raise ValueError(f"privacy.mode = {mode} noises updates and not second moments; set optimiser.second_moment to own")
+    if mode == "central_noise" and (aggregation.combine != "mean" or aggregation.clip is not None):
+        raise ValueError(
+            "privacy.mode = central_noise knows how far one site can move a mean of updates that it cut itself; set "
+            "aggregation.combine to mean and aggregation.clip to null"
+        )
 
 
 def _check_private(experiment: Experiment) -> None:
