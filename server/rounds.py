@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Size, Tensor
 
 from fedmix import config, heap
 from fedmix.errors import RunError, UpdateError
@@ -67,6 +68,7 @@ class Round:
     failures: dict[str, str] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    privacy: Mapping[str, float] = field(default_factory=dict)  # what the server's own ledger holds with it
 
 
 class RoundLoop:
@@ -348,7 +350,7 @@ class RoundLoop:
         shapes = {name: value.shape for name, value in committed.parameters.items()}
         parameters, outer, squared = dict(committed.parameters), dict(committed.outer), 0.0
         updates = [taken.update for taken in current.taken]
-        for name, delta in aggregate.aggregate(updates, shapes, self._experiment.aggregation):
+        for name, delta in self._sum(updates, shapes, current):
             moments = {moment: outer[key] for moment in ("velocity", "first", "second") if (key := f"{moment}/{name}") in outer}
             parameters[name], moments = outer_step(parameters[name], delta, moments, current.stage.outer)
             if not bool(parameters[name].isfinite().all()):
@@ -356,6 +358,15 @@ class RoundLoop:
             outer |= {f"{moment}/{name}": value for moment, value in moments.items()}
             squared += float(delta.double().square().sum())
         return parameters, outer, squared**0.5
+
+    def _sum(self, updates: Sequence[Coded], shapes: Mapping[str, Size], current: Round) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter's change; noised, and the noise in the run's ledger first, where that is the server's part."""
+        if self._experiment.privacy.mode != "central_noise":
+            return aggregate.aggregate(updates, shapes, self._experiment.aggregation)
+        from server import central_noise  # Opacus takes seconds to import, and most experiments need none of it
+
+        current.privacy = central_noise.spend(self._experiment, self._store, current.number)
+        return central_noise.aggregate_noised(updates, shapes, self._experiment)
 
     def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:
         """What the updates looked like beside each other; not of a crowd, whose numbers nobody would read."""
@@ -376,6 +387,7 @@ class RoundLoop:
             add(totals, "bytes_full_fp32", num_bytes(committed.parameters.values()))
             totals[f"studies/{site}"] = self._roster.studies[site]
             totals |= {f"privacy/{site}/{name}": value for name, value in taken.privacy.items()}
+        totals |= {f"privacy/{name}": value for name, value in current.privacy.items()}
         add(totals, "local_train_s", busy_s)
         add(totals, "aggregate_s", aggregate_s)
         return totals
