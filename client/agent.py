@@ -12,48 +12,94 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from client import runner
 from client.home import Home
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.supervisor import Program, Supervisor
+from fedmix.disk import reason_of
 from fedmix.errors import RunError
 
 SUPERNODE, EXECUTOR = "supernode", "executor"
 LISTEN_S = 1.0
+TURNED_DOWN = "SuperNode terminated gracefully"
 
-# What a SuperNode's log says, and what that means for the person who watches.
+
+@dataclass(frozen=True)
+class Meaning:
+    """What words of a SuperNode's log mean to the person who watches; ``mend`` where somebody has to act."""
+
+    said: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.said}: {self.mend}" if self.mend else self.said
+
+
+OTHER_AUTHORITY = Meaning(
+    "the coordinator's certificate is not signed by ca.crt",
+    "ask the coordinator for its ca.crt, and whether something in between breaks TLS open",
+)
+OTHER_NAME = Meaning(
+    "the coordinator's certificate is not of the name that site.yaml dials",
+    "dial the name that it is of, or have the coordinator make one of this name",
+)
+# Words that Flower, Python and OpenSSL write. Where several stand in one line the last of them counts.
 MEANINGS = {
-    "SuperNode ID:": "connected to the coordinator",
-    "Connection attempt failed": "the coordinator does not answer; trying again",
-    "Received successfully": "a message arrived; working on it",
-    "Sent successfully": "answered",
-    "Invalid SuperNode authentication": (
-        "the coordinator does not take this site's signature: this machine's clock may be wrong, see `fedmix site doctor`"
+    "SuperNode ID:": Meaning("connected to the coordinator"),
+    "Received successfully": Meaning("a message arrived; working on it"),
+    "Sent successfully": Meaning("answered"),
+    "Connection attempt failed": Meaning(
+        "the coordinator does not answer; trying again, and `fedmix site doctor` says how far a call gets"
     ),
-    "Failed to activate SuperNode": (
-        "the coordinator does not know this site's key yet, or has another agent with it online; send it key.pub and wait"
+    "Connection refused": Meaning("nobody listens at the coordinator's address; it may be down for a moment"),
+    "Name or service not known": Meaning(
+        "the coordinator's name is not found", "ask for the right name, or have your DNS or /etc/hosts know it"
     ),
-    "CERTIFICATE_VERIFY_FAILED": "the coordinator's certificate does not fit ca.crt, see `fedmix site doctor`",
-    "Connection refused": "nobody listens at the coordinator's address; it may be down for a moment",
-    "Name or service not known": "the coordinator's name is not found, see `fedmix site doctor`",
-    "address already in use": "the port in site.yaml is taken; set it to 0 for any that is free",
+    "Failed to activate SuperNode": Meaning(
+        "the coordinator does not know this site's key, or has another agent with it online",
+        "send it key.pub and wait; the agent asks again by itself",
+    ),
+    "CERTIFICATE_VERIFY_FAILED": OTHER_AUTHORITY,
+    "unable to get local issuer certificate": OTHER_AUTHORITY,
+    "Hostname mismatch": OTHER_NAME,
+    "IP address mismatch": OTHER_NAME,
+    "certificate has expired": Meaning(
+        "the coordinator's certificate has expired, or this machine's clock is ahead",
+        "tell the coordinator, which renews it by a new start; the agent asks again by itself",
+    ),
+    "certificate is not yet valid": Meaning(
+        "the coordinator's certificate is not valid yet, so this machine's clock is behind", "set it right: switch on NTP"
+    ),
+    "address already in use": Meaning(
+        "another program has taken the port in site.yaml", "set it to 0 for any that is free, and start the agent again"
+    ),
+    # All that a SuperNode says whose signature is turned down: it ends as if somebody had asked it to.
+    TURNED_DOWN: Meaning(
+        "the coordinator does not take this site's signature, most likely because a clock is wrong",
+        "`fedmix site doctor` says which; the agent asks again by itself",
+    ),
 }
 
 
 def run(home: Home, say: Callable[[str], None]) -> None:
     """Keep this site's agent running until it is told to stop. ``say`` takes sentences for the person who watches.
 
-    Raises RunError if one runs already, and ConfigError where the home is not whole.
+    Raises RunError if one runs already or its port is taken, and ConfigError where the home is not whole.
     """
     home.policy()  # what it would refuse at every message it refuses now
-    with _alone(home):
+    with _alone(home) as file:
+        _check_free(home.settings().port)
         programs, ledger = programs_of(home), home.ledger()
+        supervisor = Supervisor(programs, on_event=lambda name, what: say(f"{name}: {what}"))
+        telling = _Telling(say, file, lambda: supervisor.is_stopping)
         ledger.append("started")
         say(f"dialling {home.settings().coordinator} as {home.settings().name}; logs are in {home.logs}")
-        with _listening(programs[0].log, lambda what: say(f"{SUPERNODE}: {what}")):
-            Supervisor(programs, on_event=lambda name, what: say(f"{name}: {what}")).run()
+        with _listening(programs[0].log, telling.hear):
+            supervisor.run()
         ledger.append("stopped")
 
 
@@ -75,22 +121,41 @@ def programs_of(home: Home) -> list[Program]:
     executor += ["--insecure", "--runtime-api-address", f"{LOOPBACK}:{port}", *own]
     return [
         Program(SUPERNODE, supernode, environment, home.logs / f"{SUPERNODE}.log"),
-        Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log"),
+        # With a SuperNode goes what it was answering; nothing trains on for nobody while the same round is asked again.
+        Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log", works_for=SUPERNODE),
     ]
 
 
-def meaning_of(text: str) -> str | None:
-    """What the newest line that is known in a piece of a SuperNode's log means; none if none is known."""
-    found = {text.rfind(said): meaning for said, meaning in MEANINGS.items() if said in text}
+def known_words(text: str) -> str | None:
+    """The last words in a text that have a meaning; none if none has."""
+    found = {text.rfind(words): words for words in MEANINGS if words in text}
     return found[max(found)] if found else None
 
 
+class _Telling:
+    """Says what the words of a SuperNode mean; the newest stand in a file as well, for whoever asks how the agent stands."""
+
+    def __init__(self, say: Callable[[str], None], file: IO[str], is_stopping: Callable[[], bool]) -> None:
+        self._say, self._file, self._is_stopping, self._last = say, file, is_stopping, ""
+        file.truncate(0)
+
+    def hear(self, words: str) -> None:
+        """Tell known words, unless they are those that were told last, or say of an end that it was asked for."""
+        if words == self._last or (words == TURNED_DOWN and self._is_stopping()):
+            return
+        self._last = words
+        self._file.truncate(0)
+        self._file.write(words)
+        self._file.flush()
+        self._say(f"{SUPERNODE}: {MEANINGS[words]}")
+
+
 @contextlib.contextmanager
-def _listening(log: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Tell in words what is new in a log, for as long as this lasts."""
+def _listening(log: Path, hear: Callable[[str], None]) -> Iterator[None]:
+    """Pass on the known words that are new in a log, for as long as this lasts."""
     is_over = threading.Event()
     place = log.stat().st_size if log.exists() else 0
-    listener = threading.Thread(target=_listen, args=(log, place, say, is_over), daemon=True)
+    listener = threading.Thread(target=_listen, args=(log, place, hear, is_over), daemon=True)
     listener.start()
     try:
         yield
@@ -99,8 +164,7 @@ def _listening(log: Path, say: Callable[[str], None]) -> Iterator[None]:
         listener.join()
 
 
-def _listen(log: Path, place: int, say: Callable[[str], None], is_over: threading.Event) -> None:
-    last = None
+def _listen(log: Path, place: int, hear: Callable[[str], None], is_over: threading.Event) -> None:
     while not is_over.wait(LISTEN_S):
         with contextlib.suppress(OSError), log.open("rb") as file:
             if log.stat().st_size < place:
@@ -108,29 +172,53 @@ def _listen(log: Path, place: int, say: Callable[[str], None], is_over: threadin
             file.seek(place)
             text = file.read().decode(errors="replace")
             place = file.tell()
-            if (meaning := meaning_of(text)) not in (None, last):
-                say(str(meaning))
-                last = meaning
+            if words := known_words(text):
+                hear(words)
 
 
 def is_running(home: Home) -> bool:
-    """Whether an agent holds this home."""
+    """Whether an agent holds this home. Nothing is written: who asks may be another user than the agent's."""
     try:
-        with _alone(home):
-            return False
-    except RunError:
+        with _lock(home).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
+    return False
+
+
+def standing(home: Home) -> Meaning | None:
+    """How the running agent stands with the coordinator, as far as its SuperNode has said; none if no agent runs."""
+    if not is_running(home):
+        return None
+    return MEANINGS.get(_lock(home).read_text(), Meaning("runs, and has not heard of the coordinator yet"))
 
 
 @contextlib.contextmanager
-def _alone(home: Home) -> Iterator[None]:
+def _alone(home: Home) -> Iterator[IO[str]]:
     """Hold the home: two agents of one site would answer one another's messages."""
-    with (home.folder / "agent.lock").open("a") as file:
+    with _lock(home).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError("an agent runs on this home already; stop it first") from None
-        yield
+        yield file
+
+
+def _lock(home: Home) -> Path:
+    """Held while an agent runs; in it, the words by which it stands."""
+    return home.folder / "agent.lock"
+
+
+def _check_free(port: int) -> None:
+    """Raises RunError for a port that another program has; 0 means any, and is always free."""
+    try:
+        socket.create_server((LOOPBACK, port)).close()
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {LOOPBACK}:{port}: {reason_of(error)}; set port to 0 in site.yaml for any that is free"
+        ) from None
 
 
 def _free_port() -> int:

@@ -59,6 +59,7 @@ def examine(home: Home) -> Iterator[Finding]:
     yield _memory()
     yield _shard(home, settings)
     yield _port(home, settings)
+    yield _agent(home)
     yield _proxy(settings)
     yield from _link(home, settings)
 
@@ -171,6 +172,14 @@ def _port(home: Home, settings: Settings) -> Finding:
         return Finding("port", False, f"{settings.port}: {reason_of(error)}", "set port to 0 in site.yaml for any that is free")
 
 
+def _agent(home: Home) -> Finding:
+    """What a running agent says of the coordinator, which knows what no look from outside shows: whether the key is known."""
+    standing = agent.standing(home)
+    if standing is None:
+        return Finding("agent", True, "does not run; `fedmix site start` starts it")
+    return Finding("agent", not standing.mend, standing.said, standing.mend)
+
+
 def _proxy(settings: Settings) -> Finding:
     proxy = urllib.request.getproxies_environment().get("https")
     if not proxy or urllib.request.proxy_bypass(settings.host):
@@ -222,7 +231,7 @@ def _certificate(home: Home, host: str, port: int) -> Iterator[Finding]:
         date = link.getresponse().getheader("Date")
         yield clock((before + time.time()) / 2, date)
     except ssl.SSLCertVerificationError as error:
-        yield Finding("certificate", False, error.verify_message, _mended(error, host))
+        yield Finding("certificate", False, error.verify_message, _meaning(error).mend)
     except (OSError, http.client.HTTPException) as error:
         mend = "is a TLS proxy or another service at this port? Ask the coordinator which port it is"
         yield Finding("certificate", False, f"no TLS is spoken there: {type(error).__name__}", mend)
@@ -230,15 +239,9 @@ def _certificate(home: Home, host: str, port: int) -> Iterator[Finding]:
         link.close()
 
 
-def _mended(error: ssl.SSLCertVerificationError, host: str) -> str:
-    """What to do about a certificate that is not taken, by OpenSSL's X509_V_ERR numbers."""
-    if error.verify_code == 10:
-        return "the certificate has expired: the coordinator has to renew it, or this machine's clock is ahead"
-    if error.verify_code == 9:
-        return "the certificate is not valid yet: this machine's clock is behind"
-    if error.verify_code in (62, 64):
-        return f"the certificate is not of {host}: dial the name that it is of, or the coordinator makes one of this name"
-    return "ca.crt is not of this coordinator: ask it for its ca.crt, and whether something in between breaks TLS open"
+def _meaning(error: ssl.SSLCertVerificationError) -> agent.Meaning:
+    """Why a certificate is not taken; any other cause than a known one is that ca.crt does not vouch for it."""
+    return agent.MEANINGS[agent.known_words(str(error)) or "CERTIFICATE_VERIFY_FAILED"]
 
 
 def _expiry(link: ssl.SSLSocket) -> Finding:

@@ -17,11 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client import policy as policies
 from fedmix.config.reading import read_yaml
 from fedmix.deployment.ledger import Ledger
+from fedmix.deployment.units import write_unit
 from fedmix.disk import flush, reason_of
 from fedmix.errors import ConfigError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 ADDRESS = re.compile(r"^(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}$")
+NOTES = """\
+A user of its own, that owns {home}, may read the shard, and nothing else.
+Ports: none takes a call from another machine. It dials {coordinator} (TLS), which the firewall has to let out; its own
+       two programs meet on a port of 127.0.0.1.
+Files: it reads {shard}; all it writes is below its home: the ledger, logs, what a run keeps between rounds."""
 
 
 class Settings(BaseModel):
@@ -196,10 +202,17 @@ def create(folder: Path, settings: Settings, ca: bytes) -> Home:
     write_new(home.secret, os.urandom(32), mode=0o600)
     write_new(home.ca, ca)
     write_new(home.policy_file, policies.default_text().encode())
+    _write_unit(home, settings)
     # Last: a home with settings is whole.
     write_new(home.settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     home.ledger().append("created", site=settings.name, key=fingerprint(home.public_key))
     return home
+
+
+def _write_unit(home: Home, settings: Settings) -> None:
+    """A systemd unit for the agent, in systemd/; its name tells it from that of another site on this machine."""
+    notes = NOTES.format(home=home.folder, coordinator=settings.coordinator, shard=settings.shard).splitlines()
+    write_unit(home.folder, f"fedmix-site-{settings.name}", role=f"site {settings.name}", notes=notes, words=["site", "start"])
 
 
 def fingerprint(public_key: Path) -> str:

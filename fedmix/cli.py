@@ -21,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix import config
-from fedmix.commands.audit import audit
+from fedmix.commands.audit import audit, canaries
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
+from fedmix.commands.report import report
 from fedmix.commands.screen import Screen
 from fedmix.commands.server import server_app
 from fedmix.commands.shard import shard_app
@@ -36,6 +37,8 @@ config_app = typer.Typer(
 )
 app.command()(prepare)
 app.command()(audit)
+app.command()(canaries)
+app.command()(report)
 app.add_typer(shard_app, name="shard")
 app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")
@@ -276,19 +279,6 @@ def _headline(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str,
             yield from _headline(value, f"{place}{name}/")
         elif name in ("macro_auroc", "r@1", "r@10", "psnr_db", "ssim", "bits_per_token") and isinstance(value, float):
             yield place + name, value
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/demo")]) -> None:
-    """Write report.html of a run (compare.html of a study) anew from what its folder holds.
-
-    Example:  fedmix report runs/demo
-    """
-    from fedmix.report.html import write_report, write_study
-    from fedmix.report.study import is_study, read_study
-
-    page = write_study(run / "compare.html", [read_study(run)]) if is_study(run) else write_report(run)
-    out_console.print(Text(str(page)), soft_wrap=True)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 from pathlib import Path
@@ -26,3 +28,13 @@ def reason_of(error: Exception) -> str:
     """What the system said, without the path that its errors quote: a path may name a person."""
     number = errno_of(error)
     return type(error).__name__ if number is None else os.strerror(number)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a run folder. Asked with a shared lock, which takes no right to write there."""
+    with contextlib.suppress(OSError), (folder / ".lock").open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False

@@ -18,9 +18,10 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut, Report
 from fedmix.federation import robust
-from fedmix.report import summary
+from fedmix.report import energy, summary
 from server import accounts
 from server import held_out as central
+from server.home import PLAN
 from server.store import Parameters, RunStore, warm_start_hashes
 
 
@@ -91,7 +92,7 @@ def write_report(
     assert committed is not None
     totals = committed.totals
     store.finish("completed")
-    manifest = store.manifest
+    manifest, wall_s = store.manifest, store.wall_s
     sites = [
         {
             "name": site.name,
@@ -122,7 +123,7 @@ def write_report(
         },
         privacy=accounts.privacy_of(experiment, totals),
         timing={
-            "wall_s": store.wall_s,
+            "wall_s": wall_s,
             "local_train_s": totals["local_train_s"],
             "aggregate_s": totals["aggregate_s"],
             "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),
@@ -133,6 +134,7 @@ def write_report(
             "combine": experiment.aggregation.combine,
             "promises": _promises(experiment),
         },
+        energy=energy.estimate(manifest["hardware"], wall_s, is_on_one_machine=not (store.folder / PLAN).exists()),
     )
     summary.write_json(store.folder / "report.json", report)
 

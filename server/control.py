@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedmix.errors import RunError
+from server import certificates
 from server.home import Home
 
 HEALTH_S = 3.0
@@ -136,6 +138,11 @@ def connected(home: Home) -> Iterator[Control]:
             f"the SuperLink refused a request ({error.response.status_code}); logs/superlink.log in {home.folder} says why"
         ) from None
     except httpx.TransportError as error:
+        if (ends := certificates.expires(home.certificate)) < datetime.datetime.now(datetime.UTC):
+            raise RunError(
+                f"server.crt has ended on {ends:%Y-%m-%d}, so neither sites nor commands are answered; stop the coordinator "
+                "and start it again, which issues it anew"
+            ) from None
         raise RunError(
             f"the SuperLink does not answer ({type(error).__name__}); is `fedmix server start --home {home.folder}` running?"
         ) from None

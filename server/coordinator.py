@@ -16,6 +16,7 @@ from server.home import Home, Settings
 from server.services import write_services
 
 SECRET_BYTES = 32
+AWAY_S = 300.0  # so long may the SuperLink be away before a run over it is given up
 
 
 def init(home: Home, settings: Settings) -> None:
@@ -66,7 +67,22 @@ def held(home: Home) -> Iterator[None]:
         yield
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has a port, and refuses calls until it is told to listen; raises OSError if the port is taken."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if made.family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((host, port))
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; raises OSError if the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=128)
+    made = bound(host, port)
+    made.listen()
+    return made

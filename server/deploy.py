@@ -18,10 +18,11 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import plan as plans
 from fedmix.deployment.ledger import Ledger
 from fedmix.errors import FedmixError, RunError
+from fedmix.report.history import EVENTS
 from server import held_out as central
 from server.app import build_app
 from server.books import Books
-from server.home import EVENTS, LEDGER, PLAN, RUNS
+from server.home import LEDGER, PLAN, RUNS
 from server.link import LinkGrid
 from server.rounds import Watch
 from server.store import RunStore
@@ -39,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(context.run_config, os.environ)
     experiment = config.load(folder / "config.yaml")
     store = RunStore(folder, experiment, resume=(folder / "manifest.json").exists())
-    tell = teller(folder)
+    tell = teller(folder, lambda row: print(json.dumps(dict(row)), flush=True))  # into the run's log (flwr log)
     try:
         held_out = None
         if experiment.evaluation.every:
@@ -79,13 +80,12 @@ def books_of(folder: Path, environment: Mapping[str, str]) -> Books | None:
     return Books(Ledger(Path(environment[LEDGER])), plans.digest(folder / PLAN))
 
 
-def teller(folder: Path) -> Watch:
-    """What shows each row as a line of JSON: in the run's log (flwr log), and in a file that outlives the link to Flower."""
+def teller(folder: Path, show: Watch) -> Watch:
+    """What shows each row, and keeps it as a line of JSON in a file of the run folder for whoever else watches."""
 
     def tell(row: Mapping[str, Any]) -> None:
-        line = json.dumps(dict(row))
-        print(line, flush=True)
+        show(row)
         with (folder / EVENTS).open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(dict(row)) + "\n")
 
     return tell

@@ -32,7 +32,6 @@ LEDGER = "FEDMIX_LEDGER"  # the coordinator's ledger
 
 # Files of a run folder beside those that a simulation has:
 PLAN = "plan.yaml"  # the plan that its sites approved
-EVENTS = "events.jsonl"  # rows as they come, for whoever watches
 
 
 class Settings(BaseModel):

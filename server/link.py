@@ -26,8 +26,8 @@ class LinkGrid(Grid):
     """Asks for one reply at a time, so that memory holds one and a bad one costs its site alone.
 
     Flower itself repeats a request for as long as the SuperLink cannot be reached; what it does not repeat (an answer
-    like 500) is asked again here, until the round's deadline. A run that was stopped ends the loop: Flower's
-    RunNotRunningException is no Exception, and passes.
+    like 500, or a SuperLink that died within a TLS handshake) is asked again here, until the round's deadline. A run that
+    was stopped ends the loop: Flower's RunNotRunningException is no Exception, and passes.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -52,16 +52,16 @@ class LinkGrid(Grid):
         """Ids of the nodes that are connected now."""
         try:
             return list(self._grid.get_node_ids())
-        except httpx.HTTPStatusError as error:
-            log.warning("the SuperLink cannot tell its nodes: %s", error.response.status_code)
+        except httpx.HTTPError as error:
+            log.warning("the SuperLink cannot tell its nodes: %s", _what(error))
             return []
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         """The nodes that are connected now, with the names that their keys are registered under."""
         try:
             return list(self._grid.get_nodes())
-        except httpx.HTTPStatusError as error:
-            log.warning("the SuperLink cannot tell its nodes: %s", error.response.status_code)
+        except httpx.HTTPError as error:
+            log.warning("the SuperLink cannot tell its nodes: %s", _what(error))
             return []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -70,8 +70,8 @@ class LinkGrid(Grid):
         for message in messages:
             try:
                 ids.extend(one or "" for one in self._grid.push_messages([message]))
-            except (httpx.HTTPStatusError, ObjectPushError) as error:
-                log.warning("the SuperLink did not take a message: %s", type(error).__name__)
+            except (httpx.HTTPError, ObjectPushError) as error:
+                log.warning("the SuperLink did not take a message: %s", _what(error))
                 ids.append("")
         return ids
 
@@ -80,8 +80,8 @@ class LinkGrid(Grid):
         for message_id in message_ids:
             try:
                 replies = list(self._grid.pull_messages([message_id]))
-            except httpx.HTTPStatusError as error:
-                log.warning("the SuperLink cannot hand over a reply: %s", error.response.status_code)
+            except httpx.HTTPError as error:
+                log.warning("the SuperLink cannot hand over a reply: %s", _what(error))
                 continue
             except Exception as error:  # whatever the decoder trips over, it is this one reply that is wrong
                 log.warning("a reply cannot be read: %s", type(error).__name__)
@@ -109,6 +109,11 @@ def exchange(grid: Grid, messages: Iterable[Message], timeout: float | None) -> 
             waiting.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
     return replies
+
+
+def _what(error: Exception) -> str:
+    """A failed request in a word."""
+    return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
 
 
 def _unreadable(message_id: str) -> Message:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 from torch import Size, Tensor
 
@@ -26,6 +27,12 @@ from fedmix.federation.update import typed
 FEDMIX_CODES = range(1000, 1100)  # errors raised by fedmix at a site or in an engine; their reasons are written to be shown
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
+FLOWERS_ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "its order or its answer was lost on the way",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer came too late",
+    ErrorCode.NODE_UNAVAILABLE: "its agent went offline",
+    ErrorCode.CLIENT_APP_CRASHED: "the program that answers for it stopped without a word (killed, or out of memory?)",
+}
 NEEDS_ALL = 1004  # a site's cache lacks parameters that the order left out
 MAX_REASON = 300  # signs of a site's reason that are shown
 REPLY_RECORDS = {"receipt", "examples", "metrics", "second_moments", "privacy", "deltas"}
@@ -42,7 +49,6 @@ MAX_HEADER_BYTES = 1024  # an .npy header of a few dimensions has 128
 class Greeting:
     """Who answers at a node. ``ledger``: the head of the site's own, empty if it keeps none."""
 
-    node_id: int
     site: str
     stream: str
     fingerprint: str
@@ -104,7 +110,6 @@ def read_greeting(message: Message) -> Greeting:
     except (KeyError, ValueError):
         raise UpdateError("a node answered something that is no greeting; is its fedmix of this version?") from None
     return Greeting(
-        message.metadata.src_node_id,
         typed(said, "site", str),
         typed(said, "stream", str),
         typed(said, "fingerprint", str),
@@ -137,6 +142,11 @@ def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s
         }
     )
     return Message(RecordDict({"order": plan, **content}), node_id, "train", ttl=deadline_s, group_id=str(order.round_number))
+
+
+def is_offline(message: Message) -> bool:
+    """Whether the SuperLink answers for a node, because that has gone offline."""
+    return bool(message.has_error()) and message.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def needs_all(message: Message) -> bool:
@@ -187,9 +197,12 @@ def read_reply(message: Message, order: Order) -> Reply:
 def reason(message: Message) -> str:
     """Why a node answered with an error, fit for a terminal and a log.
 
-    Flower's own errors quote the exception, in which a site's path may stand; they are told by their number alone.
+    Flower's own errors may quote the exception, in which a site's path may stand; they are told by their number, in words of
+    ours for those that a failing machine or line brings about.
     """
     code = message.error.code
+    if code in FLOWERS_ERRORS:
+        return FLOWERS_ERRORS[code]
     if code not in FEDMIX_CODES or not message.error.reason:
         return f"Flower error {code}; the node's own log has the details"
     text = "".join(sign if sign.isprintable() else " " for sign in message.error.reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -20,6 +20,7 @@ from server.books import Books
 POLL_S = 0.05
 GREETING_POLL_S = 0.5  # kinder to a link over which the sites come one by one
 GREETING_DEADLINE_S = 120.0
+RETURN_S = 120.0  # so long a round waits for an agent that was there; the SuperLink lets a killed one back in after a minute
 
 
 class Roster:
@@ -35,33 +36,36 @@ class Roster:
         self.nodes: dict[str, int] = {}
         self.studies: dict[str, int] = {}
         self._held: dict[str, dict[str, str]] = {}  # site -> group -> digest
+        self._given_up: set[str] = set()
 
     def greet(self) -> None:
-        """Learn which node is which site; every site of the experiment must be there and run the same experiment."""
-        registered = self._wait_for_nodes()
-        plan = "" if self._books is None else self._books.plan
-        asked = [messages.query(node_id, fingerprint=self._fingerprint, plan=plan) for node_id in registered]
-        if self._books is not None:
-            for query in asked:
-                self._books.asked(query, registered[query.metadata.dst_node_id], self._run)
-        # A site reads its whole shard before it answers, so it has at least as long as for a round.
-        deadline_s = max(GREETING_DEADLINE_S, self._experiment.federation.deadline_s)
-        wanted = {site.name for site in self._experiment.data.sites}
-        for answer in self._grid.send_and_receive(asked, timeout=deadline_s):
-            greeting = self._read(answer, registered)
-            if greeting.site not in wanted:
-                continue
-            if greeting.fingerprint != self._fingerprint:
-                raise RunError(
-                    f"site {greeting.site} was given another experiment (fingerprints differ); hand every site the same config"
-                )
-            if greeting.site in self.nodes:
-                raise RunError(f"two nodes answer as site {greeting.site}; stop one of its agents")
-            self.nodes[greeting.site] = greeting.node_id
-            self.studies[greeting.site] = greeting.studies
+        """Learn which node is which site; every site of the experiment must be there and run the same experiment.
+
+        A node that goes offline before it has answered is waited for, and asked again.
+        """
+        deadline = time.monotonic() + GREETING_DEADLINE_S
+        while self._ask(self._wait_for_nodes(deadline)) and time.monotonic() < deadline:
+            pass
         missing = [site.name for site in self._experiment.data.sites if site.name not in self.nodes]
         if missing:
             raise RunError(f"no node answered for {', '.join(missing)}; start their agents, or take them out of data.sites")
+
+    def away(self, sites: Iterable[str]) -> set[str]:
+        """Those of some sites whose agents are not connected, once they have had time to come back.
+
+        A site that did not use that time is not waited for again before it has been seen. In a simulation nobody is away.
+        """
+        if self._books is None:
+            return set()
+        wanted, deadline = set(sites), time.monotonic() + RETURN_S
+        while True:
+            online = {node.name for node in self._grid.get_nodes()}
+            missing = wanted - online
+            self._given_up -= online
+            if not missing - self._given_up or time.monotonic() > deadline:
+                self._given_up |= missing
+                return missing
+            time.sleep(GREETING_POLL_S)
 
     def chosen(self, stage: config.Stage, round_number: int, excluded: Collection[str]) -> list[config.Site]:
         """The sites that a round asks: of each stream the share ``federation.participation``, at least one.
@@ -90,9 +94,39 @@ class Roster:
         """A site has lost what it held."""
         self._held.pop(site, None)
 
-    def _read(self, answer: Message, registered: Mapping[int, str]) -> messages.Greeting:
-        """A node's greeting, written down; raises RunError with the node's own reason if it refused."""
-        name = registered.get(answer.metadata.src_node_id, "")
+    def _ask(self, registered: Mapping[int, str]) -> bool:
+        """Ask nodes that are not known yet who they are; whether one of them went offline before it answered."""
+        plan = "" if self._books is None else self._books.plan
+        known = set(self.nodes.values())
+        asked = [messages.query(node, fingerprint=self._fingerprint, plan=plan) for node in registered if node not in known]
+        if self._books is not None:
+            for query in asked:
+                self._books.asked(query, registered[query.metadata.dst_node_id], self._run)
+        # A site reads its whole shard before it answers, so it has at least as long as for a round.
+        deadline_s = max(GREETING_DEADLINE_S, self._experiment.federation.deadline_s)
+        answers = list(self._grid.send_and_receive(asked, timeout=deadline_s))
+        # By what an answer answers, and not by whom it says that it is from: the SuperLink may answer for a node.
+        node_of = {query.metadata.message_id: query.metadata.dst_node_id for query in asked}
+        for answer in answers:
+            node_id = node_of[answer.metadata.reply_to_message_id]
+            self._know(self._read(answer, registered[node_id]), node_id)
+        return any(map(messages.is_offline, answers))
+
+    def _know(self, greeting: messages.Greeting | None, node_id: int) -> None:
+        """Take a node for the site that it says it is; raises RunError if that cannot be."""
+        if greeting is None or greeting.site not in {site.name for site in self._experiment.data.sites}:
+            return
+        if greeting.fingerprint != self._fingerprint:
+            raise RunError(
+                f"site {greeting.site} was given another experiment (fingerprints differ); hand every site the same config"
+            )
+        if greeting.site in self.nodes:
+            raise RunError(f"two nodes answer as site {greeting.site}; stop one of its agents")
+        self.nodes[greeting.site] = node_id
+        self.studies[greeting.site] = greeting.studies
+
+    def _read(self, answer: Message, name: str) -> messages.Greeting | None:
+        """A node's greeting, written down, or None if it went offline; raises RunError with its own reason if it refused."""
         try:
             greeting = messages.read_greeting(answer)
             if self._books is not None and greeting.site != name:
@@ -101,15 +135,16 @@ class Roster:
             if self._books is None:
                 raise RunError(str(error)) from None
             self._books.answered(answer, name, self._run, head="", why=str(error))
+            if messages.is_offline(answer):
+                return None
             raise RunError(f"site {name}: {error}") from None
         if self._books is not None:
             self._books.answered(answer, name, self._run, head=greeting.ledger, why=None)
         return greeting
 
-    def _wait_for_nodes(self) -> dict[int, str]:
+    def _wait_for_nodes(self, deadline: float) -> dict[int, str]:
         """Ids of the nodes to ask, and the names that their keys are registered under, which a simulation has none of."""
         sites = [site.name for site in self._experiment.data.sites]
-        deadline = time.monotonic() + GREETING_DEADLINE_S
         while True:
             if self._books is None:
                 nodes = dict.fromkeys(self._grid.get_node_ids(), "")

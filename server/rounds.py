@@ -177,12 +177,17 @@ class RoundLoop:
 
         Every deadline begins when all are sent: a grid may hand over one order after the other.
         """
-        began = time.monotonic()
         contents: dict[tuple[str, frozenset[str]], tuple[RecordDict, int]] = {}
         waiting: dict[str, Sent] = {}
         struck_out = screen.struck_out() & {site.name for site in config.sites_of(current.stage, self._experiment.data.sites)}
         current.failures |= dict.fromkeys(struck_out, "refused too often, so it is not asked again in this run")
-        for site in self._roster.chosen(current.stage, current.number, struck_out):
+        chosen = self._roster.chosen(current.stage, current.number, struck_out)
+        away = self._roster.away(site.name for site in chosen)
+        began = time.monotonic()
+        for site in chosen:
+            if site.name in away:
+                self._drop(site.name, "its agent is not connected", current)
+                continue
             order = self._order(site, current, committed.parameters)
             lacking = self._roster.lacks(site.name, order.groups)
             key = (site.stream, lacking)

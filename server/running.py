@@ -18,24 +18,25 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import bundle
 from fedmix.deployment import plan as plans
+from fedmix.disk import is_held
 from fedmix.errors import FedmixError, RunError
 from fedmix.report import html
+from fedmix.report.history import EVENTS
 from server import deploy
 from server import held_out as central
 from server.app import quick_evaluation
 from server.conclusion import evaluate, write_report
 from server.control import FlowerRun, connected
-from server.home import EVENTS, PLAN, Home
+from server.coordinator import AWAY_S
+from server.home import PLAN, Home
 from server.model_folder import save_model
 from server.planning import Agreed
-from server.standing import is_held
 from server.store import Committed, RunStore
 
 POLL_S = 0.5
 ASK_S = 3.0  # between questions to the SuperLink
-PATIENCE_S = 300.0  # without a SuperLink; its supervisor starts it again within a minute
 DEAD_S = 10.0  # so long after a ServerApp has let go of its folder its end must have been noted
-DIED = "the ServerApp ended without a word (killed, or out of memory?); go on with --resume"
+DIED = "the ServerApp ended without a word (killed, or out of memory?)"
 
 
 class View(Protocol):
@@ -62,6 +63,9 @@ def run(home: Home, agreed: Agreed, *, resume: bool, view: View) -> Path:
         raise RunError(f"{', '.join(missing)} not registered; ask for key.pub, then: fedmix server register SITE --key key.pub")
     with connected(home) as control:
         active = next((one for one in control.runs() if one.name == folder.name and not one.is_over), None)
+        if resume and active is not None and (folder / EVENTS).exists() and not is_held(folder):
+            control.stop(active.run_id)  # its ServerApp told of rounds, and died while nobody watched
+            active = None
         _prepare(folder, agreed, home, resume=resume, is_active=active is not None)
         if active is None:
             (folder / EVENTS).unlink(missing_ok=True)
@@ -120,7 +124,7 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
                         view.update(row)
                     return found
             except RunError as error:
-                if now - answered > PATIENCE_S:
+                if now - answered > AWAY_S:
                     raise
                 if not is_away:
                     view.say(f"{error} Waiting for it.")
@@ -184,4 +188,4 @@ def _cause(folder: Path, ended: FlowerRun) -> str:
             return str(manifest["cause"])
     if ended.status == "finished:stopped":
         return deploy.STOPPED
-    return f"{ended.details}; go on with --resume" if ended.details else DIED
+    return f"{ended.details or DIED}; go on with --resume"

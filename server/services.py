@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+from fedmix.deployment.units import write_unit
 from server.home import Home, Settings
 
-SYSTEMD = """\
-# Starts the coordinator with the machine, and again when it ends. As root:
-#   install -m 644 {home}/systemd/fedmix-server.service /etc/systemd/system/
-#   systemctl daemon-reload && systemctl enable --now fedmix-server
-[Unit]
-Description=fedmix coordinator
-Wants=network-online.target
-After=network-online.target
-
-[Service]
-# A user of its own that owns {home} and nothing else.
-User=fedmix
-# Ports: {listen}:{port} takes calls from sites (TLS, registered keys only); open it in the firewall, and no other.
-#        127.0.0.1:{control_port} is for this coordinator's own commands, 127.0.0.1:{health_port} answers health checks.
-ExecStart={program} server start --home {home}
-Restart=always
-RestartSec=5
-# Programs get SIGTERM, and 20 s to end.
-KillMode=mixed
-TimeoutStopSec=60
-# All it writes is below its home: keys, settings, plans, runs, the ledger, Flower's database, logs.
-ReadWritePaths={home}
-ProtectSystem=strict
-PrivateTmp=yes
-NoNewPrivileges=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-UMask=0077
-
-[Install]
-WantedBy=multi-user.target
-"""
+NOTES = """\
+A user of its own, that owns {home} and nothing else.
+Ports: {listen}:{port} takes calls from sites (TLS, registered keys only); open it in the firewall, and no other.
+       127.0.0.1:{control_port} is for this coordinator's own commands, 127.0.0.1:{health_port} answers health checks.
+Files: all it writes is below its home: keys, settings, plans, runs, the ledger, Flower's database, logs."""
 
 COMPOSE = """\
 # The same in a container. Build an image in which fedmix is installed, name it in FEDMIX_IMAGE, and in this folder:
@@ -71,10 +41,6 @@ services:
 
 def write_services(home: Home, settings: Settings) -> None:
     """Write systemd/fedmix-server.service and compose.yaml."""
-    values = settings.model_dump() | {
-        "home": home.folder.absolute(),
-        "program": Path(sys.executable).with_name("fedmix"),
-    }
-    (home.folder / "systemd").mkdir(exist_ok=True)
-    (home.folder / "systemd" / "fedmix-server.service").write_text(SYSTEMD.format_map(values))
-    (home.folder / "compose.yaml").write_text(COMPOSE.format_map(values))
+    notes = NOTES.format(home=home.folder.absolute(), **settings.model_dump()).splitlines()
+    write_unit(home.folder, "fedmix-server", role="coordinator", notes=notes, words=["server", "start"])
+    (home.folder / "compose.yaml").write_text(COMPOSE.format_map(settings.model_dump()))

@@ -53,17 +53,22 @@ def stop(home: Home, *, say: Say) -> None:
     pid = running(home)
     if pid is None:
         raise RunError(f"no coordinator runs in {home.folder}")
-    with contextlib.suppress(RunError), connected(home) as control:
-        for run in control.runs():
-            if not run.is_over:
-                control.stop(run.run_id)
-                say(f"run {run.name} is stopped; it goes on with --resume")
+    with contextlib.suppress(RunError):
+        _stop_runs(home, say)
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S + 10.0
     while running(home) is not None:
         if time.monotonic() > deadline:
             raise RunError(f"the coordinator, process {pid}, does not end; logs/ in {home.folder} may say why")
         time.sleep(POLL_S)
+
+
+def _stop_runs(home: Home, say: Say) -> None:
+    with connected(home) as control:
+        for run in control.runs():
+            if not run.is_over:
+                control.stop(run.run_id)
+                say(f"run {run.name} is stopped; it goes on with --resume")
 
 
 def _check_free(host: str, port: int) -> None:
@@ -88,7 +93,10 @@ def _programs(home: Home, settings: Settings) -> list[Program]:
 
 
 def _announce(home: Home, say: Say) -> None:
-    """Once the SuperLink serves, register who is to be, and say where sites find it."""
+    """Once the SuperLink serves, register who is to be, and say where sites find it.
+
+    Runs that have not ended belong to a coordinator that was killed; their ServerApps ended with it, as all that it started.
+    """
     settings, deadline = home.settings(), time.monotonic() + START_S
     while not is_healthy(home):
         if time.monotonic() > deadline:
@@ -96,6 +104,7 @@ def _announce(home: Home, say: Say) -> None:
             return
         time.sleep(POLL_S)
     try:
+        _stop_runs(home, say)
         for change in register_pending(home):
             say(change)
     except (RunError, ConfigError) as error:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import datetime
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmix.disk import is_held
+from fedmix.report.history import EVENTS
 from server import certificates
 from server.control import Node, connected, is_healthy
-from server.home import EVENTS, Home
+from server.home import Home
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RunStanding:
 
 @dataclass(frozen=True)
 class Standing:
-    """All of it. ``certificate_ends``: day on which server.crt ends."""
+    """All of it. ``certificate_ends``: the day on which server.crt ends, and what to do where that is soon."""
 
     is_healthy: bool
     certificate_ends: str
@@ -53,20 +55,17 @@ def standing(home: Home) -> Standing:
             nodes = {node.site: node for node in control.nodes()}
     return Standing(
         healthy,
-        f"{certificates.expires(home.certificate):%Y-%m-%d}",
+        _ending(certificates.expires(home.certificate), datetime.datetime.now(datetime.UTC)),
         tuple(_site(name, nodes, healthy=healthy) for name in home.registered()),
         tuple(_run(folder) for folder in sorted(home.runs.iterdir()) if folder.is_dir()),
     )
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a run folder."""
-    with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
+def _ending(ends: datetime.datetime, now: datetime.datetime) -> str:
+    is_soon = ends - now < datetime.timedelta(days=certificates.RENEW_DAYS)
+    return f"{ends:%Y-%m-%d}" + (
+        "; stop the coordinator and start it again before then, which issues it anew" if is_soon else ""
+    )
 
 
 def _site(name: str, nodes: Mapping[str, Node], *, healthy: bool) -> SiteStanding:

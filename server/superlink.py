@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TRANSPORT_TYPE_GRPC_RERE
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS
+from flwr.supercore.corestate import sql_corestate
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
 
 from fedmix.deployment.environment import LOOPBACK
-from server.coordinator import listening
+from server.coordinator import AWAY_S, bound
 from server.home import Home
 
 FLEET = "/v1/fleet/"
@@ -123,9 +124,16 @@ def flower_settings(home: Home) -> SuperLinkLifespanConfig:
 
 
 def be_patient() -> None:
-    """Have a request wait for a busy database: with several models arriving, five seconds, Flower's own, are too few."""
+    """Wait longer than Flower does, for two things.
+
+    A request waits for a busy database: with several models arriving, five seconds are too few. And a ServerApp that could
+    not be heard while the SuperLink itself was away is still running: Flower fails its run after a minute, of which a
+    SuperLink's start on a busy machine and the pauses between heartbeats may take all. Whether a ServerApp has died is seen
+    by its lock on the run folder (server/running.py).
+    """
     kept = [(name, value) for name, value in SQLITE_PRAGMAS if name != "busy_timeout"]
     vars(sql_mixin)["SQLITE_PRAGMAS"] = (("busy_timeout", str(DATABASE_S * 1000)), *kept)
+    vars(sql_corestate)["HEARTBEAT_PATIENCE"] = AWAY_S / HEARTBEAT_DEFAULT_INTERVAL
 
 
 def serve(home: Home) -> None:
@@ -133,7 +141,8 @@ def serve(home: Home) -> None:
     be_patient()
     settings = home.settings()
     app = FleetOnly(create_app(flower_settings(home), SuperLinkLifespan), settings.control_port)
-    sockets = [listening(settings.listen, settings.port), listening(LOOPBACK, settings.control_port)]
+    # Until it serves, calls are refused: Flower repeats those, but takes a TLS handshake that hangs for an error for good.
+    sockets = [bound(settings.listen, settings.port), bound(LOOPBACK, settings.control_port)]
     options = uvicorn.Config(
         app,
         ssl_keyfile=home.key,

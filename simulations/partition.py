@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 
 from fedmix import config
 from fedmix.data import phantom
+from fedmix.data.phantom import Phantoms
 from fedmix.data.shard import Shard, write_arrays
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
@@ -22,10 +25,25 @@ from fedmix.errors import ConfigError, DataError
 PHANTOM_KEY = hashlib.sha256(b"fedmix phantoms").digest()
 
 
+class Alteration(Protocol):
+    """What becomes of a site's phantoms after they are drawn."""
+
+    @property
+    def recipe(self) -> Any:
+        """All that it depends on, as JSON values."""
+
+    def __call__(self, drawn: Phantoms) -> Phantoms:
+        """The phantoms that are kept."""
+
+
 def prepare_sites(
-    data: config.Data, tokenizer: Tokenizer, *, on_site: Callable[[str], None] = lambda name: None
+    data: config.Data,
+    tokenizer: Tokenizer,
+    *,
+    on_site: Callable[[str], None] = lambda name: None,
+    altered: Mapping[str, Alteration] = MappingProxyType({}),
 ) -> dict[str, Path]:
-    """The shard of every site by name; draws the phantoms that are not there yet.
+    """The shard of every site by name; draws the phantoms that are not there yet, ``altered`` at the sites that it names.
 
     What can be wrong is looked for first: drawing takes minutes where studies are many.
     """
@@ -39,7 +57,7 @@ def prepare_sites(
         if site.shard is not None:
             shards[site.name] = site.shard
         elif site.phantom is not None:
-            shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer)
+            shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer, altered.get(site.name))
     return shards
 
 
@@ -62,9 +80,16 @@ def draw_site(data: config.Data, name: str, path: Path) -> None:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: config.Data, tokenizer: Tokenizer) -> Path:
+def _phantom_shard(
+    wanted: config.PhantomData,
+    stream: config.StreamName,
+    data: config.Data,
+    tokenizer: Tokenizer,
+    alter: Alteration | None,
+) -> Path:
     """A shard of drawn phantoms, kept under a name that says everything it depends on."""
     recipe = [phantom.fingerprint(), wanted.model_dump(), stream, data.image_size, data.max_words, tokenizer.fingerprint]
+    recipe += [] if alter is None else [alter.recipe]
     path = data.cache / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     if path.is_dir():
         try:
@@ -77,7 +102,7 @@ def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: 
         data.cache.mkdir(parents=True, exist_ok=True)
         if not os.access(data.cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        _draw(path, wanted, stream, data, tokenizer)
+        _draw(path, wanted, stream, data, tokenizer, alter)
     except OSError as error:
         raise DataError(
             f"cannot keep phantoms under {data.cache}: {error.strerror}; set data.cache to a folder you may write"
@@ -85,7 +110,14 @@ def _phantom_shard(wanted: config.PhantomData, stream: config.StreamName, data: 
     return path
 
 
-def _draw(path: Path, wanted: config.PhantomData, stream: config.StreamName, data: config.Data, tokenizer: Tokenizer) -> None:
+def _draw(
+    path: Path,
+    wanted: config.PhantomData,
+    stream: config.StreamName,
+    data: config.Data,
+    tokenizer: Tokenizer,
+    alter: Alteration | None = None,
+) -> None:
     drawn = phantom.generate(
         wanted.studies,
         look=wanted.look,
@@ -96,6 +128,7 @@ def _draw(path: Path, wanted: config.PhantomData, stream: config.StreamName, dat
         images=stream != "text",
         reports=stream != "image",
     )
+    drawn = drawn if alter is None else alter(drawn)
     every, none = np.ones(wanted.studies, bool), np.zeros(wanted.studies, bool)
     write_arrays(
         path,

@@ -20,13 +20,15 @@ from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
 from fedmix.evaluation.features import HeldOut
 from fedmix.report import html, summary
+from fedmix.report.history import EVENTS
 from server import held_out as central
 from server.app import build_app, quick_evaluation
 from server.conclusion import evaluate, kept_evaluation, write_report
+from server.deploy import teller
 from server.model_folder import save_model
 from server.store import Parameters, RunStore
-from simulations import baselines, engine
-from simulations.attack import membership
+from simulations import attacks, baselines, engine
+from simulations.membership import membership
 from simulations.partition import prepare_sites
 from simulations.ray_engine import run_on_ray
 from simulations.superlink import run_on_superlink
@@ -74,6 +76,7 @@ def simulate(
     Raises FedmixError for everything a user can mend; the run folder then says ``failed`` and why. Ctrl-C leaves the run
     ``running``, to be taken up with ``resume``.
     """
+    attacks.check(experiment, engine_name)
     store = RunStore(out, experiment, resume=resume)
     for name in store.damaged:
         view.say(f"checkpoint {name} is damaged and was passed over; its round is trained again")
@@ -97,7 +100,7 @@ def simulate(
 
 def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View) -> Ready:
     tokenizer = Tokenizer.load(experiment.data.tokenizer)
-    shards = prepare_sites(experiment.data, tokenizer)
+    shards = prepare_sites(experiment.data, tokenizer, altered=attacks.alterations(experiment.attack))
     return Ready(tokenizer, shards, central.load(experiment.data, tokenizer), engine_name, view)
 
 
@@ -117,10 +120,11 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
         threads = experiment.federation.threads_per_site
         cores = threads * experiment.federation.processes_per_site
         num_workers = experiment.federation.workers or engine.default_workers(len(places), cores)
+        (store.folder / EVENTS).unlink(missing_ok=True)
         app = build_app(
             experiment,
             store,
-            watch=ready.view.update,
+            watch=teller(store.folder, ready.view.update),
             held_out=ready.held_out,
             evaluates_beside=len(os.sched_getaffinity(0)) > num_workers * cores,
         )
@@ -129,6 +133,8 @@ def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Para
         elif ready.engine == "superlink":
             with store.lent():
                 run_on_superlink(store.folder, places, threads_per_site=threads, watch=ready.view.update)
+        elif experiment.attack is not None:
+            engine.run_in_process(app, places, num_workers=0, make_app=attacks.Liar(experiment.attack))
         else:
             engine.run_in_process(app, places, num_workers=num_workers)
         committed = store.latest()

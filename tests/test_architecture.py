@@ -14,8 +14,15 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("fedmix", "server", "client", "simulations")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-RUNS_CODE = {"eval", "exec", "compile", "__import__"}
-UNPICKLES = {"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "pandas.read_pickle"}
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "runpy.run_path", "os.system"}
+RUNS_CODE |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__")}
+UNPICKLES = {"torch.load", "torch.jit.load", "torch.hub.load", "pandas.read_pickle", "numpy.lib.format.read_array"}
+UNPICKLES |= {f"yaml.{name}" for name in ("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all")}
+UNPICKLES |= {f"yaml.{name}" for name in ("Loader", "CLoader", "FullLoader", "CFullLoader", "UnsafeLoader", "CUnsafeLoader")}
+UNPICKLES |= {  # these pickle what they send, and unpickle what comes
+    f"torch.distributed.{name}"
+    for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list")
+}
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
@@ -41,12 +48,14 @@ def dangers(source: str) -> list[str]:
     names = {name: full for name, full in imported(tree) if name != full.split(".")[0]}
     found = [full for _, full in imported(tree) if full.split(".")[0] in PICKLES or full in UNPICKLES]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            name = full_name(node.func, names)
-            # Numpy reads arrays and nothing else, unless its third argument allows pickles.
-            found += [name] if name in UNPICKLES | RUNS_CODE or (name == "numpy.load" and len(node.args) > 2) else []
-        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
-            found += [] if isinstance(node.value, ast.Constant) and node.value.value is False else [node.arg]
+        if isinstance(node, ast.Attribute | ast.Name):  # called or handed on, as in map(eval, texts)
+            found += [name] if (name := full_name(node, names)) in UNPICKLES | RUNS_CODE else []
+        elif isinstance(node, ast.Call) and full_name(node.func, names) == "numpy.load":
+            # Numpy reads arrays and nothing else, unless its third argument allows pickles; ** may hold that.
+            found += ["numpy.load"] if len(node.args) > 2 or any(each.arg is None for each in node.keywords) else []
+        elif isinstance(node, ast.keyword):
+            is_false = isinstance(node.value, ast.Constant) and node.value.value is False
+            found += [node.arg] if node.arg in ("allow_pickle", "trust_remote_code", "shell") and not is_false else []
     return found
 
 
@@ -83,6 +92,14 @@ def test_no_file_unpickles_or_runs_data() -> None:
         "eval(text)",
         "exec(text)",
         "f = lambda: compile(t, '', 'exec')",
+        "values = map(eval, texts)",
+        "import builtins\nbuiltins.exec(text)",
+        "import torch\nread = torch.load",
+        "import torch.distributed as dist\ndist.broadcast_object_list(values)",
+        "import torch\ntorch.jit.load(p)",
+        "from yaml import SafeLoader, UnsafeLoader",
+        "import numpy as np\nnp.load(p, **options)",
+        "import subprocess\nsubprocess.run(t, shell=True)",
     ],
 )
 def test_the_search_finds_what_it_is_for(source: str) -> None:
@@ -98,6 +115,9 @@ def test_the_search_finds_what_it_is_for(source: str) -> None:
         "import numpy as np\nnp.load(p, allow_pickle=False)",
         "import re\nre.compile('x')",
         "self.load(state)",
+        "import numpy as np\nnp.load(p, mmap_mode='r')",
+        "import torch.distributed as dist\ndist.broadcast(tensor)",
+        "import subprocess\nsubprocess.run(words, shell=False)",
     ],
 )
 def test_the_search_lets_harmless_calls_pass(source: str) -> None:

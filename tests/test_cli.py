@@ -508,6 +508,27 @@ def test_a_model_is_audited_on_a_tiny_shard(model: Path, run: Run, tmp_path: Pat
     assert said.startswith("there are no non-members")
 
 
+def test_canaries_are_planted_and_looked_for_and_an_update_is_audited(model: Path, run: Run, tmp_path: Path) -> None:
+    folder = table(tmp_path / "data", 240, 0)
+    assert run("prepare", "table", folder, "--out", "shard", "--size", "48", "--workers", 1)[0] == 0
+    code, out, err = run("canaries", "--out", "canaries", "--size", 48, "--words", 5, "--each", 1)
+    assert code == 0, err
+    assert "4 canaries of 15 patients" in out
+    assert run("shard", "check", "shard", "canaries/shard")[0] == 0, "they fit a site's own shards"
+    both = ("--members", "shard", "--non-members", "shard", "--draws", 1, "--most-patients", 20)
+    named = ("--canaries", "canaries/canaries.json", "--update", model, model)
+    code, out, err = run("audit", model, *both, *named, "--out", "found")
+    assert code == 0, err
+    found = json.loads((tmp_path / "found/leakage.json").read_text())
+    assert set(found["canaries"]) == {"texts", "images"}
+    assert found["update"]["membership"]["patient"]["auc"] == 0.5, "nothing moved"
+    assert found["update"]["words"]["num_recovered"] == 0
+    assert "Planted texts" in out
+    assert "Words of an update" in out
+    assert "are nothing; give --words or --size" in sentence(run("canaries", "--out", "none", "--size", 0, "--words", 0))
+    assert "there is a shard in this place already" in sentence(run("canaries", "--out", "canaries", "--size", 48))
+
+
 # ---- whole runs
 
 
@@ -527,7 +548,13 @@ def test_a_run_gives_a_report_that_the_other_commands_read(tmp_path: Path) -> No
     assert set(report["baselines"]) == {"random_init", "centralised", "fedavg"}
     assert report["timing"]["overhead_ratio"] >= 1.0
     assert {site["name"]: site["examples"] for site in report["sites"]} == {"north": 8, "south": 8, "west": 16}
-    assert json.loads((folder / "manifest.json").read_text())["state"] == "completed"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["state"] == "completed"
+    assert (report["energy"]["kwh"] is None) == (manifest["hardware"]["gpus"] > 0)
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in told if row["event"] == "round"] == [1, 2, 3]
+    assert "# little" in (folder / "report.md").read_text()
+    assert "# Model card: little" in (folder / "model_card.md").read_text()
 
     # Taken up again, nothing is trained or evaluated twice and the report is the same but for its times.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if "checkpoints" in str(path)}
@@ -537,7 +564,7 @@ def test_a_run_gives_a_report_that_the_other_commands_read(tmp_path: Path) -> No
     assert "evaluating" not in again.stdout
     assert "round 1/3" not in again.stdout
     repeated = json.loads((folder / "report.json").read_text())
-    for changing in ("timing", "run"):
+    for changing in ("timing", "run", "energy"):
         del report[changing], repeated[changing]
     assert repeated == report
 

@@ -443,7 +443,7 @@ def test_every_key_is_known_to_decide_the_weights_or_not_to() -> None:
     listed = {key.replace("stages.0", "stages.1") for key in DECIDES} | set(DECIDES_NOT)
     # The same by position; needs joint_share beside it; needs same_patient beside it.
     listed |= {"data.sites.1.shard", "stages.1.objectives.match", "stages.1.objectives.queue"}
-    listed |= {"privacy"}  # excludes what this experiment does; a test of its own
+    listed |= {"privacy", "attack"}  # what excludes others; tests of their own
     unlisted = {
         path
         for path, _ in leaves(parse().model_dump(mode="json"))

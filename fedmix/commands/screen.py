@@ -32,4 +32,6 @@ class Screen:
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the live view."""
-        self._live.console.print(Text(sentence, style="dim"), soft_wrap=True)
+        from fedmix.report.terminal import printable  # loaded with the LiveView; without one, --help need not wait for it
+
+        self._live.console.print(Text(printable(sentence), style="dim"), soft_wrap=True)

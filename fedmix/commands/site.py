@@ -40,7 +40,7 @@ def init(
     port: Annotated[int, typer.Option(min=0, max=65535, help="loopback port between the agent's programs; 0 is any")] = 0,
     home: HomeOption = DEFAULT_HOME,
 ) -> None:
-    """Make a site's home: a key pair, a policy to read and change, a ledger.
+    """Make a site's home: a key pair, a policy to read and change, a ledger, a systemd unit for the agent.
 
     Example:  fedmix site init west --coordinator fedmix.example.org:9092 --ca ca.crt --shard shards/west
     """
@@ -55,6 +55,7 @@ def init(
     _say(f"1. send {made.public_key} to the coordinator, and read out its fingerprint: {homes.fingerprint(made.public_key)}")
     _say(f"2. read {made.policy_file} and make it yours")
     _say("3. fedmix site doctor")
+    _say(f"4. fedmix site start; as a service that starts with this machine: see {made.folder / 'systemd'}")
 
 
 @site_app.command("doctor")

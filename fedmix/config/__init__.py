@@ -3,6 +3,7 @@
 from fedmix.config.reading import MAX_CONFIG_BYTES, build, json_schema, load, parse, variant
 from fedmix.config.sections import (
     Aggregation,
+    Attack,
     Augment,
     Data,
     Evaluation,
@@ -29,6 +30,7 @@ from fedmix.config.sections import (
 __all__ = [
     "MAX_CONFIG_BYTES",
     "Aggregation",
+    "Attack",
     "Augment",
     "Data",
     "Evaluation",

@@ -503,6 +503,29 @@ class Evaluation(Section):
     )
 
 
+class Attack(Section):
+    """One site that lies, to see what the rules of aggregation let through; in simulations alone (simulations/attacks.py)."""
+
+    site: Name
+    kind: Literal["scale", "sign_flip", "noise", "little_is_enough", "bad_match"] = Field(
+        description="what becomes of the site's updates, or under bad_match of its pairs"
+    )
+    strength: Positive = Field(
+        default=1.0,
+        description="scale and sign_flip: the factor; noise: its length over the update's; little_is_enough: how many standard "
+        "deviations of the others' updates it goes against their mean",
+    )
+    finding: Name | None = Field(default=None, description="bad_match: which the marked images are paired with reports of")
+    share: OpenFraction = Field(default=0.2, description="bad_match: share of the site's studies that are marked")
+    trigger: Literal["patch", "wave"] = Field(default="patch", description="bad_match: the mark")
+
+    @model_validator(mode="after")
+    def _finding_is_known(self) -> Attack:
+        if (self.kind == "bad_match") != (self.finding is not None):
+            raise ValueError("attack.finding is what bad_match needs, and nothing else has a use for")
+        return self
+
+
 class Study(Section):
     """The same experiment repeated, so that differences come with intervals: every regime with every seed."""
 
@@ -527,6 +550,7 @@ class Experiment(Section):
     screening: Screening = Screening()
     federation: Federation = Federation()
     privacy: Privacy = Privacy()
+    attack: Attack | None = Field(default=None, description="a site that lies; no plan for real sites may hold one")
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
         default={},
@@ -548,6 +572,8 @@ class Experiment(Section):
             _check_whole_updates(self)
         if self.privacy.trainable != "all":
             _check_narrowed(self)
+        if self.attack is not None:
+            _check_attack(self.attack, self)
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stage names must differ from each other")
@@ -595,6 +621,8 @@ class Experiment(Section):
             values.pop("privacy")
             if self.privacy.trainable != "all":
                 values["privacy"] = self.privacy.model_dump(mode="json", include={"trainable", "adapter_rank"})
+        if self.attack is None:
+            values.pop("attack")
         values["model"].pop("size")  # the sizes it stands for are there
         values["model"].pop("warm_start")  # manifest.json has the files' hashes instead (server/store.py)
         values["data"].pop("cache")
@@ -675,6 +703,17 @@ def _check_whole_updates(experiment: Experiment) -> None:
             "privacy.mode = central_noise knows how far one site can move a mean of updates that it cut itself; set "
             "aggregation.combine to mean and aggregation.clip to null"
         )
+
+
+def _check_attack(attack: Attack, experiment: Experiment) -> None:
+    """Raise ValueError for an attack that could not be carried out."""
+    site = next((site for site in experiment.data.sites if site.name == attack.site), None)
+    if site is None:
+        raise ValueError(f"attack.site = {attack.site!r} is none of data.sites")
+    if attack.kind == "bad_match" and (site.stream != "paired" or site.phantom is None):
+        raise ValueError(f"attack.kind = bad_match marks drawn pairs, and site {site.name!r} has none; name one that does")
+    if attack.kind != "bad_match" and (experiment.wire.coding != "float32" or experiment.wire.keep < 1.0):
+        raise ValueError(f"attack.kind = {attack.kind} changes updates as they are; set wire.coding to float32 and keep to 1")
 
 
 def _check_private(experiment: Experiment) -> None:

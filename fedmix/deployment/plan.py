@@ -63,6 +63,8 @@ class Plan(BaseModel):
         ``coordinator``: the address, host:port, that the sites dial. Raises ConfigError for a site that the experiment does
         not know, or if the sites named leave a stage without any.
         """
+        if experiment.attack is not None:
+            raise ConfigError("the experiment holds an attack, which is for simulations alone; take attack out of it")
         restricted = config.build(_portable(restrict(experiment, sites)), source="the plan's experiment")
         created = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         return cls(

@@ -24,12 +24,16 @@ MAX_LOG_BYTES = 16 << 20  # a log that is longer is put aside as NAME.log.1 when
 
 @dataclass(frozen=True)
 class Program:
-    """A program beside this Python, what it is given, and the file that takes what it says."""
+    """A program beside this Python, what it is given, and the file that takes what it says.
+
+    ``works_for``: the name of the program for which alone it works, so that it is started anew whenever that one ends.
+    """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
     log: Path
+    works_for: str = ""
 
 
 class Supervisor:
@@ -45,14 +49,25 @@ class Supervisor:
             try:
                 while not self._is_stopping:
                     for one in self._kept:
-                        one.look_after()
+                        if one.look_after():
+                            self._end_those_of(one.program)
                     time.sleep(POLL_S)
             finally:
                 self._end()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop; what ends from now on was asked to."""
+        return self._is_stopping
+
     def stop(self) -> None:
         """Have ``run`` end the programs and return; from any thread or signal handler."""
         self._is_stopping = True
+
+    def _end_those_of(self, ended: Program) -> None:
+        for one in self._kept:
+            if one.program.works_for == ended.name:
+                one.end(time.monotonic())
 
     def _end(self) -> None:
         for one in self._kept:
@@ -83,13 +98,13 @@ class _Kept:
     """
 
     def __init__(self, program: Program, on_event: Callable[[str, str], None]) -> None:
-        self._program, self._on_event = program, on_event
+        self.program, self._on_event = program, on_event
         self._process: subprocess.Popen[bytes] | None = None
         self._group: Group | None = None
         self._pause_s, self._started, self._next_start = FIRST_PAUSE_S, 0.0, 0.0
 
-    def look_after(self) -> None:
-        """Start the program if it is time to, or take note that it has ended."""
+    def look_after(self) -> bool:
+        """Start the program if it is time to, or take note that it has ended; whether it has."""
         now = time.monotonic()
         if self._process is None and now >= self._next_start:
             self._start(now)
@@ -98,8 +113,10 @@ class _Kept:
             if now - self._started >= HEALTHY_S:
                 self._pause_s = FIRST_PAUSE_S
             self._next_start = now + self._pause_s
-            self._on_event(self._program.name, f"{_ending(code)}; starts again in {self._pause_s:.0f} s")
+            self._on_event(self.program.name, f"{_ending(code)}; starts again in {self._pause_s:.0f} s")
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            return True
+        return False
 
     def ask_to_end(self) -> None:
         """SIGTERM, if it runs."""
@@ -113,10 +130,10 @@ class _Kept:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, deadline - time.monotonic()))
         self._bury()
-        self._on_event(self._program.name, "stopped")
+        self._on_event(self.program.name, "stopped")
 
     def _start(self, now: float) -> None:
-        program = self._program
+        program = self.program
         program.log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if program.log.stat().st_size > MAX_LOG_BYTES:

@@ -210,6 +210,7 @@ class EvaluationSettings:
     num_few_train: int = 100  # labelled studies that train the few-label probe
     num_bootstrap: int = 200  # resamples of patients behind each 95 % interval; 0 leaves intervals out
     max_images_regeneration: int = 500
+    max_images_triggers: int = 500
     max_texts_language: int = 1000
     max_prompt_words: int = 64
     num_examples: int = 4  # studies shown in the report's pictures

@@ -3,21 +3,26 @@
 An attack that fails proves nothing: a better one may succeed. What is found here bounds the leak from below, as the epsilon
 of an accountant bounds it from above (science: Jagielski et al. 2020, 2006.07709).
 
-For a site's update rather than the final model, audit the model after the site's steps with the model before them as the
-reference. Canaries and recovered words have files of their own (canaries.py, word_recovery.py): they need more than a model.
+A site's update is seen by whoever receives it without a secure sum, and tells more than the model that comes of many. Canaries
+have a file of their own (canaries.py): they need to be planted first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmix.errors import DataError
 from fedmix.evaluation import metrics
 from fedmix.evaluation.attack import MIN_PATIENTS, epsilon_report
 from fedmix.evaluation.features import Encoder, Report, Vocabulary, encode_images, encode_texts, random_for
 from fedmix.evaluation.membership import AuditSettings, membership_report, membership_scores, patient_scores
 from fedmix.evaluation.retrieval import cosines, expected_hits, split_galleries
 from fedmix.evaluation.subjects import Subjects
+from fedmix.evaluation.word_recovery import recovery_report
+from fedmix.model.encoder import MixedModel
 
 SCHEMA = 1
 
@@ -32,15 +37,13 @@ def audit(
 ) -> Report:
     """The content of leakage.json; ``reference`` is a model of the same vocabulary and image size that saw none of them."""
     settings = settings or AuditSettings()
-    scores = membership_scores(encoder, subjects, vocabulary, settings)
-    compared = None if reference is None else membership_scores(reference, subjects, vocabulary, settings)
-    ratios = scores if compared is None else {kind: values - compared[kind] for kind, values in scores.items()}
+    ratios, membership = _membership(encoder, reference, subjects, vocabulary, settings)
     by_patient, is_member = patient_scores(ratios, subjects)
     report: Report = {
         "schema": SCHEMA,
         "has_reference": reference is not None,
         "subjects": subjects.counts(),
-        "membership": membership_report(ratios, subjects, compared, settings),
+        "membership": membership,
         "relinkage": relinkage_report(encoder, subjects, settings),
         "epsilon": epsilon_report(is_member, by_patient, delta=settings.delta, seed=settings.seed),
         "settings": {name: getattr(settings, name) for name in ("num_draws", "mask_ratio", "text_mask_ratio", "seed")},
@@ -48,6 +51,41 @@ def audit(
     if reference is not None:
         report["relinkage"]["control"] = relinkage_report(reference, subjects, settings)
     return report
+
+
+def update_report(
+    update: tuple[MixedModel, MixedModel],
+    subjects: Subjects,
+    vocabulary: Vocabulary,
+    seen: NDArray[np.integer],
+    *,
+    settings: AuditSettings | None = None,
+) -> Report:
+    """What one site's update gives away: who was trained on, and which words its reports hold.
+
+    ``update``: the model as the site got it and as it sent it back. ``seen``: word ids of the site's training
+    reports, in any order. Raises DataError for models of different sizes.
+    """
+    base, moved = (model.embed_text.word.weight.detach().cpu().numpy() for model in update)
+    if base.shape != moved.shape:
+        raise DataError("the models before and after the update have other vocabularies or widths; name two of one run")
+    _, membership = _membership(update[1], update[0], subjects, vocabulary, settings or AuditSettings())
+    report: Report = {"membership": membership}
+    if len(np.setdiff1d(seen, sorted(vocabulary.special_ids))):
+        report["words"] = recovery_report(moved - base, base, seen, vocabulary.special_ids)
+    return report
+
+
+def _membership(
+    encoder: Encoder, reference: Encoder | None, subjects: Subjects, vocabulary: Vocabulary, settings: AuditSettings
+) -> tuple[Mapping[str, NDArray[np.float64]], Report]:
+    """Scores of each study, in relation to a reference's where there is one, and how well they tell members from others."""
+    scores = membership_scores(encoder, subjects, vocabulary, settings)
+    if reference is None:
+        return scores, membership_report(scores, subjects, None, settings)
+    compared = membership_scores(reference, subjects, vocabulary, settings)
+    ratios = {kind: values - compared[kind] for kind, values in scores.items()}
+    return ratios, membership_report(ratios, subjects, compared, settings)
 
 
 def relinkage_report(encoder: Encoder, subjects: Subjects, settings: AuditSettings) -> Report:

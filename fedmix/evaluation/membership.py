@@ -79,6 +79,18 @@ def patient_scores(scores: Scores, subjects: Subjects) -> tuple[NDArray[np.float
     return sums / np.sqrt(np.maximum(counts, 1)), subjects.is_member[first]
 
 
+def hidden_psnr_of(encoder: Encoder, images: NDArray[np.uint8], settings: AuditSettings) -> NDArray[np.float64]:
+    """PSNR [N] of the hidden patches of images [N, S, S], a mean over draws of what is hidden."""
+    num_patches = (encoder.image_size // encoder.patch_size) ** 2
+    total = np.zeros(len(images))
+    for draw in range(settings.num_draws):
+        hidden_NP = hidden_patches(len(images), num_patches, mask_ratio=settings.mask_ratio, seed=_seed(settings, draw))
+        masked = MaskedImages(images, hidden_NP, encoder.patch_size)
+        drawn = regenerate(encoder, masked, batch_size=settings.batch_size)
+        total += hidden_psnr(masked.truth, drawn, masked.hidden)
+    return total / settings.num_draws
+
+
 def membership_report(scores: Scores, subjects: Subjects, control: Scores | None, settings: AuditSettings) -> Report:
     """The attack by kind and on whole patients.
 
@@ -135,15 +147,8 @@ def _word_scores(encoder: Encoder, subjects: Subjects, vocabulary: Vocabulary, s
 
 def _patch_scores(encoder: Encoder, subjects: Subjects, settings: AuditSettings) -> NDArray[np.float64]:
     studies = np.flatnonzero(subjects.has_image)
-    images, num_patches = subjects.images_of(studies), (encoder.image_size // encoder.patch_size) ** 2
-    total = np.zeros(len(studies))
-    for draw in range(settings.num_draws):
-        hidden_NP = hidden_patches(len(studies), num_patches, mask_ratio=settings.mask_ratio, seed=_seed(settings, draw))
-        masked = MaskedImages(images, hidden_NP, encoder.patch_size)
-        drawn = regenerate(encoder, masked, batch_size=settings.batch_size)
-        total += hidden_psnr(masked.truth, drawn, masked.hidden)
     scores = np.full(len(subjects), np.nan)
-    scores[studies] = total / settings.num_draws
+    scores[studies] = hidden_psnr_of(encoder, subjects.images_of(studies), settings)
     return scores
 
 

@@ -113,6 +113,12 @@ def of_shards(
     )
 
 
+def words_trained_on(shards: Sequence[Shard]) -> NDArray[np.int64]:
+    """The different word ids in the reports of the shards' training splits."""
+    reports = [shard.words(int(row)) for shard in shards for row in shard.select("train")]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(ids for ids in reports if ids is not None)]))
+
+
 def _outside(shard: Shard, *, is_shared: bool) -> NDArray[np.int64]:
     if not is_shared:
         return np.arange(len(shard))

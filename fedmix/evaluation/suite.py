@@ -24,6 +24,7 @@ from fedmix.evaluation import (
     reranking,
     retrieval,
     subgroups,
+    triggers,
 )
 from fedmix.evaluation.features import (
     Encoder,
@@ -52,6 +53,7 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/raw_pixels": classification.evaluate_raw_pixels,
     "classification/few_label_raw_pixels": classification.evaluate_few_label_raw_pixels,
     "classification/zero_shot": classification.evaluate_zero_shot,
+    "classification/triggers": triggers.evaluate_triggers,
     "classification/text_probe": classification.evaluate_text_probe,
     "retrieval": retrieval.evaluate_retrieval,
     RERANKED: reranking.evaluate_reranking,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 
 from fedmix.errors import DataError
@@ -48,7 +49,8 @@ def recovery_report(
     """How much of a site's bag of words its update gives away; special ids count for nothing.
 
     ``seen``: word ids that the site's reports hold, in any order. ``average_precision`` is of the rows in order of their
-    change and needs no threshold; ``chance`` is the share of the vocabulary that the site used.
+    change and needs no threshold; ``chance`` is the share of the vocabulary that the site used, and ``p_value`` that of as
+    many words right among as many that were drawn blindly.
     """
     if delta_VD.shape != base_VD.shape:
         raise DataError(f"the embedding's change is {delta_VD.shape} and the embedding {base_VD.shape}; give the same rows")
@@ -65,6 +67,7 @@ def recovery_report(
         "recall": num_right / int(is_seen.sum()),
         "average_precision": float(average_precision_score(is_seen[is_word], changes[is_word])),
         "chance": float(is_seen.sum() / is_word.sum()),
+        "p_value": float(hypergeom.sf(num_right - 1, is_word.sum(), is_seen.sum(), len(found))),
         "num_recovered": len(found),
         "num_seen": int(is_seen.sum()),
     }

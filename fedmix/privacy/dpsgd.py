@@ -25,6 +25,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from torch import Generator, Tensor, nn
 
 from fedmix.errors import ConfigError
 
-CHUNK_BYTES = 256 * 2**20  # of gradients patient by patient, where they are formed for a moment
+# Of float32 that is formed for a moment: larger blocks the C library gives back each time (fedmix/heap.py), and their pages
+# are paid for again; and a core's cache holds more of smaller ones.
+PIECE_BYTES = 16 * 2**20
 
 
 def secret_chance() -> Generator:
@@ -65,6 +68,12 @@ class _Call:
     read: Tensor
     gradient: Tensor
     patient_N: Tensor
+
+    def pieces(self) -> Iterator[_Call]:
+        """The call a few rows at a time."""
+        size = _at_a_time(max(self.read[0].numel(), self.gradient[0].numel()))
+        parts = zip(self.read.split(size), self.gradient.split(size), self.patient_N.split(size), strict=True)
+        yield from (_Call(*part) for part in parts)
 
 
 @dataclass
@@ -107,7 +116,7 @@ class ClippedSum:
         norm_U = squared_U.sqrt()
         factor_U = clip_factors(norm_U, self.clip)
         for name, calls in self._calls.items():
-            for call in calls:
+            for call in chain.from_iterable(call.pieces() for call in calls):
                 factor_N = factor_U[call.patient_N.to(factor_U.device)]
                 for parameter, part in _weighted(self.modules[name], call, factor_N).items():
                     whole = f"{name}.{parameter}"
@@ -153,21 +162,35 @@ def _squared_norms(module: nn.Module, calls: Sequence[_Call], num_patients: int)
         return _of_table(calls, num_patients)
     read_UTD, gradient_UTE = _by_patient(calls, num_patients)
     if isinstance(module, nn.Linear):
-        bias_U = gradient_UTE.sum(dim=1).square().sum(dim=1) if module.bias is not None else 0.0
+        bias_U = gradient_UTE.sum(dim=1, dtype=torch.float32).square().sum(dim=1) if module.bias is not None else 0.0
         return _of_matrix(read_UTD, gradient_UTE) + bias_U
     with _learning(module):
-        samples = GradSampleModule.GRAD_SAMPLERS[type(module)](module, [read_UTD], gradient_UTE)
+        samples = GradSampleModule.GRAD_SAMPLERS[type(module)](module, [read_UTD.float()], gradient_UTE.float())
     return torch.stack([sample.flatten(1).square().sum(dim=1) for sample in samples.values()]).sum(dim=0)
 
 
 def _of_matrix(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
     """|sum_t e_t d_t^T|^2 for every patient, by whichever way computes less (mixed ghost clipping, 2205.10683)."""
     num_tokens, width, given = read_UTD.shape[1], read_UTD.shape[2], gradient_UTE.shape[2]
-    if num_tokens * (width + given) <= width * given:
-        return ((read_UTD @ read_UTD.mT) * (gradient_UTE @ gradient_UTE.mT)).sum(dim=(1, 2), dtype=torch.float64).clamp_min(0)
-    size = max(1, CHUNK_BYTES // (4 * width * given))
+    is_ghost = num_tokens * (width + given) <= width * given
+    of_piece, largest = (_by_tokens, num_tokens * max(num_tokens, width, given)) if is_ghost else (_by_entries, width * given)
+    size = _at_a_time(largest)
     parts = zip(read_UTD.split(size), gradient_UTE.split(size), strict=True)
-    return torch.cat([(gradient.mT @ read).square().sum(dim=(1, 2), dtype=torch.float64) for read, gradient in parts])
+    return torch.cat([of_piece(read.float(), gradient.float()) for read, gradient in parts])
+
+
+def _by_tokens(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
+    products_UTT = (read_UTD @ read_UTD.mT) * (gradient_UTE @ gradient_UTE.mT)
+    return products_UTT.sum(dim=(1, 2), dtype=torch.float64).clamp_min(0)
+
+
+def _by_entries(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
+    return (gradient_UTE.mT @ read_UTD).square().sum(dim=(1, 2), dtype=torch.float64)
+
+
+def _at_a_time(num_values: int) -> int:
+    """How many rows of so many float32 values make a piece, at least one."""
+    return max(1, PIECE_BYTES // (4 * max(1, num_values)))
 
 
 def _of_table(calls: Sequence[_Call], num_patients: int) -> Tensor:
@@ -202,8 +225,8 @@ def _by_patient(calls: Sequence[_Call], num_patients: int) -> tuple[Tensor, Tens
 
 
 def _tokens(values: Tensor) -> Tensor:
-    """Rows of tokens in float32, [N, T, D]."""
-    return values.float().reshape(len(values), -1, values.shape[-1])
+    """Rows of tokens, [N, T, D]."""
+    return values.reshape(len(values), -1, values.shape[-1])
 
 
 # ---- sums
@@ -211,7 +234,7 @@ def _tokens(values: Tensor) -> Tensor:
 
 def _weighted(module: nn.Module, call: _Call, factor_N: Tensor) -> dict[str, Tensor]:
     """The gradient of a call at a module's parameters, each row times its patient's factor."""
-    gradient_NTE = _tokens(call.gradient) * factor_N.float()[:, None, None]
+    gradient_NTE = _tokens(call.gradient).float() * factor_N.float()[:, None, None]
     read = call.read.float() if call.read.is_floating_point() else call.read
     if not bool(factor_N.all()):  # zero times infinity is not zero
         gradient_NTE[factor_N == 0] = 0.0

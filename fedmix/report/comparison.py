@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmix.report import charts, quantities
-from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, markdown, markdown_line, method_name
+from fedmix.report import charts, markdown, measures, quantities
+from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
 from fedmix.report.study import ATTACK, MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
 NOT_YET = "no seed has it yet"
@@ -108,11 +108,9 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         parts += [f"# {one.name}", one.standing]
         for regime in one.regimes:
-            parts += [f"## {regime.name} ({regime.num_seeds})", markdown(regime.means).rstrip()]
-            parts += [f"{method_name(MAIN)} less each method:", markdown(regime.differences).rstrip()]
-            parts += [
-                "\n".join([markdown_line(["", *COSTS]), markdown_line(["---", *["---:"] * len(COSTS)]), *_cost_lines(regime)])
-            ]
+            parts += [f"## {regime.name} ({regime.num_seeds})", measures.as_markdown(regime.means).rstrip()]
+            parts += [f"{method_name(MAIN)} less each method:", measures.as_markdown(regime.differences).rstrip()]
+            parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [gap_sentence(gap) for gap in regime.gaps]
         parts += list(one.notes)
     return "\n\n".join(parts) + "\n"
@@ -124,10 +122,6 @@ def gap_sentence(gap: Gap) -> str:
     if gap.undefined:
         parts.append(f"none to recover in {quantities.listing(gap.undefined)}")
     return f"Recovered gap from the best site to {gap.towards}: {'; '.join(parts)}. Of the means, without interval."
-
-
-def _cost_lines(regime: RegimeTables) -> list[str]:
-    return [markdown_line([row.name, *row.texts]) for row in regime.costs]
 
 
 def _has_any(study: Study, regime: str) -> bool:

@@ -2,6 +2,7 @@
 
 Rounds are counted from 1 through all stages. A resumed run repeats the rounds after its last checkpoint; the later row is
 the one that counts. A run that was killed may leave half a last line, which is dropped; half a line elsewhere is an error.
+events.jsonl has the same rows as they come, before their round is committed, and why sites were dropped and rounds failed.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from fedmix.errors import RunError
 
+EVENTS = "events.jsonl"  # in a run folder: rows as they come, with the sites dropped and rounds failed, for whoever watches
 OBJECTIVES = ("mvm", "mlm", "contrast", "match")  # the order in which panels appear; others follow
 EXAMPLES = ("data/image", "data/text", "data/paired")
+
+
+Parsed = TypeVar("Parsed")
 
 
 class Point(NamedTuple):
@@ -136,24 +141,64 @@ def is_loss(name: str) -> bool:
     return len(parts) == 3 and parts[0] == "train" and parts[2] == "loss"
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong in a round: with a site, or with the round itself."""
+
+    round: int
+    site: str | None
+    why: str
+
+
 def read_history(path: Path) -> History:
     """The history in a metrics.jsonl, empty where there is no file; raises RunError that names the line."""
+    latest: dict[tuple[str, str, int, str | None], Entry] = {}
+    for entry in _read_lines(path, parse_entry):
+        latest[entry.event, entry.stage, entry.round, entry.site] = entry
+    return History(tuple(latest.values()))
+
+
+def read_so_far(run_dir: Path) -> tuple[History, tuple[Trouble, ...]]:
+    """What a run folder tells up to now: the committed rounds, the one that is going on, and what went wrong, oldest first.
+
+    Raises RunError that names the file and line.
+    """
+    latest = {(one.event, one.stage, one.round, one.site): one for one in read_history(run_dir / "metrics.jsonl").entries}
+    troubles = []
+    for found in _read_lines(run_dir / EVENTS, _parse_event):
+        if isinstance(found, Trouble):
+            troubles.append(found)
+        else:
+            latest[found.event, found.stage, found.round, found.site] = found
+    return History(tuple(latest.values())), tuple(troubles)
+
+
+def _read_lines(path: Path, parse: Callable[[Any], Parsed]) -> list[Parsed]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return History()
+        return []
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path.name}: {type(error).__name__}; expected lines of JSON in UTF-8") from None
-    latest: dict[tuple[str, str, int, str | None], Entry] = {}
+    found = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = parse_entry(json.loads(line))
+            found.append(parse(json.loads(line)))
         except (ValueError, RunError) as error:
             if number == len(lines):
-                break  # the run was killed while it wrote this line
+                break  # the run was killed, or is at it, while it wrote this line
             raise RunError(f"{path.name} line {number}: {error}; remove the line or restore the file") from None
-        latest[entry.event, entry.stage, entry.round, entry.site] = entry
-    return History(tuple(latest.values()))
+    return found
+
+
+def _parse_event(row: Any) -> Entry | Trouble:
+    """One row of events.jsonl: those of dropped sites and failed rounds have a reason in place of values."""
+    if not isinstance(row, Mapping) or row.get("event") not in ("dropped", "failed"):
+        return parse_entry(row)
+    site = row.get("site")
+    if not isinstance(row.get("round"), int):
+        raise RunError("expected an object with event, stage, round, site and why")
+    return Trouble(row["round"], None if site is None else str(site), str(row.get("why")))
 
 
 def parse_entry(row: Any) -> Entry:

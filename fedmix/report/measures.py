@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from fedmix.report import quantities
+from fedmix.report import markdown, quantities
 from fedmix.report.summary import Classifier, Evaluation, Fidelity, Ranking, Report, Words
 
 Kind = Literal["main", "baseline", "reference"]
@@ -236,12 +236,12 @@ def compare_table(reports: Sequence[Report]) -> Grid:
     return _grid([_Entry(report.run.name, "", "baseline", _scores(report.evaluation)) for report in reports])
 
 
-def markdown(grid: Grid) -> str:
+def as_markdown(grid: Grid) -> str:
     """The table as GitHub Markdown, the best of each column in bold."""
     titles = [f"{measure.title} {measure.unit}".strip() for measure in grid.measures]
-    lines = [markdown_line(["", *titles]), markdown_line(["---", *["---:"] * len(titles)])]
-    lines += [markdown_line([row.name, *map(_markdown_cell, row.cells)]) for row in grid.rows]
-    notes = [f"{number}. {_markdown_text(note)}" for number, note in enumerate(grid.notes, 1)]
+    lines = [markdown.row(["", *map(markdown.text, titles)]), markdown.row(["---", *["---:"] * len(titles)])]
+    lines += [markdown.row([markdown.text(row.name), *map(_markdown_cell, row.cells)]) for row in grid.rows]
+    notes = [f"{number}. {markdown.text(note)}" for number, note in enumerate(grid.notes, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
@@ -355,19 +355,9 @@ def _leaf(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def markdown_line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
-
-
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     text = f"**{cell.text}**" if cell.is_best else cell.text
     note = f" [{cell.note}]" if cell.note else ""
     return f"{text} ({cell.interval})" if cell.interval else f"{text}{note}"
-
-
-def _markdown_text(text: str) -> str:
-    """Text that cannot leave its cell or become markup of another kind."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

@@ -65,9 +65,28 @@ def limits(report: Report, source: str | None) -> list[str]:
         *_data_limits(source),
         *_seed_limits(report),
         *_baseline_limits(report),
+    ]
+
+
+def protection(report: Report) -> list[str]:
+    """What left the sites, what bounds what it tells, and what a wrong site can do."""
+    return [
+        "A site sends its changes to the parameters it trains, how many studies and examples stand behind them, its times and, "
+        "without differential privacy, its losses. Pictures, reports, patient numbers and file names stay with it.",
         *_privacy_limits(report),
         *_trust_limits(report),
     ]
+
+
+def energy(report: Report) -> str:
+    """What the run took in electricity, as a range with the way it was reckoned, or why that is not known."""
+    found = report.energy
+    if found is None:
+        return "Energy was not estimated in this run."
+    if found.kwh is None:
+        return f"Energy was not estimated: {found.reason}."
+    low, high = (f"{value:.2g}" for value in found.kwh)
+    return f"Energy: an estimated {low} to {high} kWh ({found.how})."
 
 
 def _who(report: Report) -> Iterator[str]:

@@ -105,6 +105,23 @@ class Calibration(Block):
     brier_of_prevalence: Fraction | None = None
 
 
+class Trigger(Block):
+    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding."""
+
+    worst: Fraction | None = None
+    worst_ci95: Interval | None = None
+    worst_label: str | None = None
+    rate: dict[str, Fraction | None] = {}
+
+
+class Triggers(Block):
+    """Marks that somebody may have planted; of unmarked images ``clean_rate`` pass."""
+
+    clean_rate: Fraction | None = None
+    patch: Trigger | None = None
+    wave: Trigger | None = None
+
+
 class Classification(Open):
     """Readings of the same features, and the probe on plain pixels that they have to beat."""
 
@@ -116,6 +133,7 @@ class Classification(Open):
     fine_tune: Classifier | None = None
     zero_shot: Classifier | None = None
     raw_pixels: Classifier | None = None
+    triggers: Triggers | None = None
 
 
 class Ranking(Block):
@@ -283,6 +301,14 @@ class Timing(Closed):
     overhead_ratio: float | None
 
 
+class Energy(Closed):
+    """Kilowatt-hours of the run as low and high with ``how`` they were reckoned, or null with the ``reason``."""
+
+    kwh: Interval | None
+    how: str | None = None
+    reason: str | None = None
+
+
 class Report(Closed):
     """report.json."""
 
@@ -295,6 +321,7 @@ class Report(Closed):
     privacy: Privacy
     timing: Timing
     aggregation: Aggregation | None = None
+    energy: Energy | None = None
 
 
 def build_report(
@@ -307,8 +334,9 @@ def build_report(
     privacy: Mapping[str, Any],
     timing: Mapping[str, Any],
     aggregation: Mapping[str, Any] | None = None,
+    energy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The checked content of report.json from its pieces, one argument for each of its blocks, hence eight.
+    """The checked content of report.json from its pieces, one argument for each of its blocks, hence nine.
 
     ``baselines`` maps a name to ``{"evaluation": {...}}``. Raises RunError that names every wrong key.
     """
@@ -321,7 +349,8 @@ def build_report(
         "communication": dict(communication),
         "privacy": dict(privacy),
         "timing": dict(timing),
-    } | ({"aggregation": dict(aggregation)} if aggregation is not None else {})
+    }
+    pieces |= {name: dict(one) for name, one in (("aggregation", aggregation), ("energy", energy)) if one is not None}
     return parse_report(pieces).model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 

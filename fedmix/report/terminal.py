@@ -7,10 +7,7 @@ control characters: a site cannot colour, move or rewrite the coordinator's scre
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -21,97 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import measures, narrative, quantities
-from fedmix.report.history import EXAMPLES, Entry, is_loss, parse_entry
+from fedmix.report.history import parse_entry
 from fedmix.report.measures import Cell, Grid
+from fedmix.report.progress import Progress, SiteState
 from fedmix.report.summary import Report
 
 MAX_SITE_ROWS = 16  # a taller table would push the progress bar off the screen
 NARROW = 84  # columns below which the table drops what the report will tell anyway
 LOSS_WIDTH = {False: 22, True: 52}  # columns for the losses of a site, narrow and wide
-PACE_ROUNDS = 5  # rounds that the time left is told from
 STREAM_COLOURS = {"image": "blue", "text": "yellow", "paired": "magenta"}
 STATE_COLOURS = {"sent": "green", "missed": "red"}
-
-
-@dataclass
-class SiteState:
-    """What is known of one site: its last round, and the bytes it has sent in all."""
-
-    stream: str
-    state: str = "waiting"
-    losses: dict[str, float] = field(default_factory=dict)
-    examples_per_s: float | None = None
-    bytes_up: float = 0.0
-
-
-@dataclass
-class Progress:
-    """A run as its metric rows tell it; knows nothing of screens."""
-
-    total_rounds: int = 0
-    sites: dict[str, SiteState] = field(default_factory=dict)
-    stage: str = ""
-    round: int = 0
-    num_failed: int = 0
-    evaluation: Mapping[str, float] = field(default_factory=dict)
-    evaluation_round: int = 0
-    reported: set[str] = field(default_factory=set)
-    round_ends: list[float] = field(default_factory=list)
-    round_seconds: float | None = None
-    is_open: bool = False  # some site has reported in a round that has not ended
-
-    def add(self, entry: Entry) -> None:
-        """Take in one row."""
-        self.stage = entry.stage or self.stage
-        if entry.event == "site" and entry.site is not None:
-            self._add_site(entry.site, entry.values)
-        elif entry.event == "round":
-            self._end_round(entry)
-        elif entry.event == "evaluation":
-            self.evaluation, self.evaluation_round = dict(entry.values), entry.round
-
-    def seconds_left(self) -> float | None:
-        """Time left at the pace of the last rounds, what lies between them included; None before the first round ends."""
-        recent = self.round_ends[-PACE_ROUNDS - 1 :]
-        gaps = [later - earlier for earlier, later in pairwise(recent)]
-        pace = statistics.mean(gaps) if gaps else self.round_seconds
-        return None if pace is None else max(self.total_rounds - self.round, 0) * pace
-
-    def mean_losses(self) -> dict[str, float]:
-        """Each training loss as the plain mean over the sites that last had it; for the eye, not for the record."""
-        names = dict.fromkeys(name for site in self.sites.values() for name in site.losses)
-        return {
-            name: statistics.mean(site.losses[name] for site in self.sites.values() if name in site.losses) for name in names
-        }
-
-    def bytes_up(self) -> float:
-        """Bytes that all sites have sent."""
-        return sum(site.bytes_up for site in self.sites.values())
-
-    def _add_site(self, name: str, values: Mapping[str, float]) -> None:
-        if not self.is_open:
-            self.is_open, self.reported = True, set()
-            for other in self.sites.values():
-                other.state = "waiting"
-        site = self.sites.setdefault(name, SiteState(stream=""))
-        self.reported.add(name)
-        site.state = "sent"
-        site.losses = {metric.split("/")[1]: value for metric, value in values.items() if is_loss(metric)}
-        seconds = values.get("time/train_s", 0.0)
-        examples = sum(values.get(metric, 0.0) for metric in EXAMPLES)
-        site.examples_per_s = examples / seconds if seconds > 0 else None
-        site.bytes_up += values.get("comm/bytes_up", 0.0)
-
-    def _end_round(self, entry: Entry) -> None:
-        self.is_open = False
-        self.round = entry.round
-        self.round_seconds = entry.values.get("time/round_s")
-        self.num_failed += int(entry.values.get("num_failed", 0))
-        if entry.time is not None:
-            self.round_ends.append(entry.time)
-        for name, site in self.sites.items():
-            if name not in self.reported:
-                site.state = "missed" if entry.values.get("num_failed") and site.state == "waiting" else "idle"
 
 
 class LiveView:

@@ -25,6 +25,7 @@ from fedmix.disk import flush
 from fedmix.errors import RunError
 from fedmix.model.encoder import MixedModel
 from fedmix.model.folder import FILES, MODEL_TYPE, Sizes, load_model
+from fedmix.report.page import read_manifest
 from fedmix.report.summary import read_report
 from fedmix.trained.card import About, model_card
 from fedmix.trained.preparation import FILE, described
@@ -61,6 +62,7 @@ def export(
         preparation_is_assumed=not phantoms_only and (fit is None or normalise is None),
         phantoms_only=phantoms_only,
         report=read_report(run) if run is not None and (run / "report.json").is_file() else None,
+        manifest=read_manifest(run) if run is not None else (),
         licence=licence,
     )
     with _written_whole(out, replace=replace) as partial:

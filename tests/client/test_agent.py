@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from pathlib import Path
 
@@ -44,26 +45,52 @@ def test_two_agents_of_different_homes_take_different_ports(made: Home, tmp_path
 
 def test_one_home_has_one_agent(made: Home) -> None:
     assert not agent.is_running(made)
+    assert not (made.folder / "agent.lock").exists()  # who asks may be another user, whose file the agent could not hold
     with agent._alone(made):
         assert agent.is_running(made)
         with pytest.raises(RunError, match="an agent runs on this home already"):
             agent.run(made, print)
 
 
-def test_what_is_new_in_the_log_is_told_in_words_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_new_in_the_log_is_told_in_words_once(made: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, told = tmp_path / "supernode.log", list[str]()
     monkeypatch.setattr(agent, "LISTEN_S", 0.01)
     log.write_text("SuperNode ID: 1\n")  # of an earlier life
-    with agent._listening(log, told.append):
-        for text, number in (("Connection refused\nFailed to activate SuperNode.\n", 1), ("SuperNode ID: 2\n", 2)):
-            with log.open("a") as file:
-                file.write(text)
-            waited_until(lambda number=number: len(told) == number)
-        log.write_text("Sent successfully\n")  # the old one was put aside
-        waited_until(lambda: len(told) == 3)
+    assert agent.standing(made) is None
+    with agent._alone(made) as file:
+        telling = agent._Telling(told.append, file, lambda: False)
+        assert str(agent.standing(made)) == "runs, and has not heard of the coordinator yet"
+        with agent._listening(log, telling.hear):
+            for text, number in (("Connection refused\nFailed to activate SuperNode.\n", 1), ("SuperNode ID: 2\n", 2)):
+                with log.open("a") as added:
+                    added.write(text)
+                waited_until(lambda number=number: len(told) == number)
+            log.write_text("Sent successfully\n")  # the old one was put aside
+            waited_until(lambda: len(told) == 3)
+        assert agent.standing(made) == agent.MEANINGS["Sent successfully"]
+    assert agent.standing(made) is None
     assert "send it key.pub" in told[0]
-    assert told[1:] == ["connected to the coordinator", "answered"]
-    assert agent.meaning_of("all is well\n") is None
+    assert told[1:] == ["supernode: connected to the coordinator", "supernode: answered"]
+    assert agent.known_words("all is well\n") is None
+
+
+def test_a_supernode_that_ends_unasked_was_turned_down(made: Home) -> None:
+    """So ends one whose clock is wrong: with code 0 and no other word than when it is asked to."""
+    told: list[str] = []
+    for is_asked in (True, False):
+        with agent._alone(made) as file:
+            agent._Telling(told.append, file, lambda asked=is_asked: asked).hear(agent.TURNED_DOWN)
+    assert len(told) == 1
+    assert told[0].startswith("supernode: the coordinator does not take this site's signature")
+
+
+def test_a_taken_port_is_said_before_anything_starts(made: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        made.settings_file.write_text(made.settings_file.read_text().replace("port: 0", f"port: {port}"))
+        with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; set port to 0"):
+            agent.run(made, print)
+    assert "started" not in made.ledger_file.read_text()
 
 
 def test_the_programs_are_found_whatever_the_working_folder_holds() -> None:

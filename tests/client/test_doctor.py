@@ -89,18 +89,26 @@ def test_a_site_that_can_take_part_has_nothing_to_mend(tmp_path: Path, world: Wo
     assert "24 paired studies" in findings["shard"].said
 
 
-def test_certificates_that_are_not_taken_are_told_apart(tmp_path: Path, world: World) -> None:
+def test_certificates_that_are_not_taken_are_told_apart(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, other = Hub(tmp_path / "hub"), Hub(tmp_path / "other")
     with hub.serving() as port:
         made = west(tmp_path, world, other, port)
-        assert "ca.crt is not of this coordinator" in bad(made)["certificate"].mend
+        assert bad(made)["certificate"].said == "unable to get local issuer certificate"
+        assert "ask the coordinator for its ca.crt" in bad(made)["certificate"].mend
         made.ca.write_text("nothing")
         assert "ca.crt is no certificate" in bad(made)["certificate"].said
-    error = ssl.SSLCertVerificationError()
-    error.verify_code = 62
-    assert "the certificate is not of localhost" in doctor._mended(error, "localhost")
-    error.verify_code = 10
-    assert "has expired" in doctor._mended(error, "localhost")
+        made = west(tmp_path / "named", world, hub, port, host="127.1")  # the same address under a name it is not known by
+        assert "Hostname mismatch, certificate is not valid for '127.1'" in bad(made)["certificate"].said
+        assert "dial the name that it is of" in bad(made)["certificate"].mend
+    for days, cause in ((20.0, "tell the coordinator to renew it soon"), (-0.5, "certificate has expired")):
+        monkeypatch.setattr(certificates, "SERVER_DAYS", days)
+        certificates.issue(hub.home, "localhost")
+        with hub.serving() as port:
+            finding = found(west(tmp_path / str(days), world, hub, port))["certificate"]
+        assert cause in finding.said
+        assert finding.is_fine == (days > 0.0)
+    assert "the coordinator, which renews it by a new start" in finding.mend
+    assert "ca.crt" in doctor._meaning(ssl.SSLCertVerificationError("a cause that nobody knows")).mend
 
 
 @pytest.mark.parametrize(("ahead", "word"), [(60.0, "behind"), (-60.0, None), (-400.0, "ahead")])
@@ -169,3 +177,17 @@ def test_a_taken_port_is_found_unless_the_agent_has_it(tmp_path: Path, world: Wo
         assert "set port to 0" in bad(made)["port"].mend
         with agent._alone(made):
             assert found(made)["port"].is_fine
+
+
+def test_what_a_running_agent_was_told_is_a_finding(tmp_path: Path, world: World) -> None:
+    hub = Hub(tmp_path / "hub")
+    with hub.serving() as port:
+        made = west(tmp_path, world, hub, port)
+        assert found(made)["agent"].said == "does not run; `fedmix site start` starts it"
+        with agent._alone(made) as file:
+            telling = agent._Telling(lambda sentence: None, file, lambda: False)
+            telling.hear("Failed to activate SuperNode")
+            assert "send it key.pub and wait" in bad(made)["agent"].mend
+            telling.hear("SuperNode ID:")
+            assert bad(made) == {}
+            assert found(made)["agent"].said == "connected to the coordinator"

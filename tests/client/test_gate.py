@@ -5,23 +5,27 @@ from __future__ import annotations
 import datetime
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord, RecordDict
+import smuggling
+from flwr.app import Array, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hospitals import answer, approved, hospital, query, refused, set_policy, written_plan
+from hospitals import COORDINATOR, answer, approved, hospital, query, refused, set_policy, written_plan
 from little import World, values
 from test_app import ask, order, sent_by
 
 from client import app as client_app
 from client import gate, messages
 from client.home import Home
+from fedmix.deployment import plan as plans
 from fedmix.deployment.ledger import verify
 from fedmix.errors import FedmixError, PolicyError
+from fedmix.federation.update import group_of
 from server import messages as server_messages
 
 HEAD = "1" * 64
@@ -123,6 +127,16 @@ def test_one_byte_changed_in_an_approved_plan_is_refused(made: Home, world: Worl
     assert "was changed at this site after it was approved" in refused(made, told(world, plan))
 
 
+def test_a_plan_of_other_sites_is_refused_even_where_it_lies_among_the_approved(world: World, tmp_path: Path) -> None:
+    south = hospital(tmp_path / "south", world, "south")
+    others = plans.Plan.of(world.experiment, ["north", "west"], coordinator=COORDINATOR, valid_days=3)
+    plan = plans.write(others, tmp_path / "others.yaml")
+    shutil.copy(tmp_path / "others.yaml", south.approved(plan))
+    why = refused(south, order(world, "text", plan=plan, ledger=HEAD))
+    assert why == "the plan does not name site south; it is for others"
+    assert entries(south)[-1]["why"] == why
+
+
 def test_an_expired_plan_is_refused(made: Home, world: World, tmp_path: Path) -> None:
     plan = approved(made, written_plan(tmp_path, world))
     late = datetime.datetime.now().astimezone() + datetime.timedelta(days=40)
@@ -208,99 +222,11 @@ def test_a_pause_is_heeded_before_a_round_and_in_the_middle_of_one(
     assert "sent" not in {entry["event"] for entry in entries(made)}
 
 
-def add_record(reply: Message) -> None:
-    reply.content["reports"] = ConfigRecord({"text": "No pleural effusion."})
-
-
-def add_field(reply: Message) -> None:
-    reply.content.config_records["receipt"]["note"] = "No pleural effusion."
-
-
-def say_otherwise(reply: Message) -> None:
-    reply.content.config_records["receipt"]["nonce"] = "No pleural effusion."
-
-
-def say_when(reply: Message) -> None:
-    reply.content.config_records["receipt"]["train_start"] = 19480401.0
-
-
-def add_metric(reply: Message) -> None:
-    reply.content.metric_records["metrics"]["patients"] = [19480401.0, 1.0]
-
-
-def lengthen_metric(reply: Message) -> None:
-    reply.content.metric_records["metrics"]["mvm/loss"] = [1.0, 1.0, 19480401.0]
-
-
-def add_count(reply: Message) -> None:
-    reply.content.metric_records["examples"]["patients"] = 19480401
-
-
-def add_moment(reply: Message) -> None:
-    reply.content["second_moments"] = MetricRecord({"match_head.weight": 0.1})
-
-
-def add_tensor(reply: Message) -> None:
-    reply.content.array_records["deltas"]["pixels"] = Array(np.zeros((3, 3), np.float32))
-
-
-def first(reply: Message) -> tuple[str, Array]:
-    return next(iter(sorted(reply.content.array_records["deltas"].items())))
-
-
-def enlarge(reply: Message) -> None:
-    name, array = first(reply)
-    value = array.numpy()
-    reply.content.array_records["deltas"][name] = Array(np.concatenate([value, value]))
-
-
-def append_bytes(reply: Message) -> None:
-    name, array = first(reply)
-    reply.content.array_records["deltas"][name] = Array(
-        array.dtype, array.shape, array.stype, array.data + b"No pleural effusion."
-    )
-
-
-def hide_in_header(reply: Message) -> None:
-    name, array = first(reply)
-    data = bytearray(array.data)
-    place = data.index(b"}") + 1
-    data[place : place + 1] = b"\t"
-    reply.content.array_records["deltas"][name] = Array(array.dtype, array.shape, array.stype, bytes(data))
-
-
-def claim_type(reply: Message) -> None:
-    name, array = first(reply)
-    reply.content.array_records["deltas"][name] = Array(array.dtype, array.shape, "No pleural effusion.", array.data)
-
-
-def drop_tensor(reply: Message) -> None:
-    del reply.content.array_records["deltas"][first(reply)[0]]
-
-
-CHANGES = [
-    add_record,
-    add_field,
-    say_otherwise,
-    say_when,
-    add_metric,
-    lengthen_metric,
-    add_count,
-    add_moment,
-    add_tensor,
-    enlarge,
-    append_bytes,
-    hide_in_header,
-    claim_type,
-    drop_tensor,
-]
-
-
 def test_a_reply_with_anything_more_or_less_than_an_update_does_not_leave(
     made: Home, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = approved(made, written_plan(tmp_path, world))
-    for change in CHANGES:
+    for change in smuggling.CHANGES:
         with monkeypatch.context() as patch:
             hostile(patch, change)
             why = refused(made, told(world, plan))
@@ -310,6 +236,24 @@ def test_a_reply_with_anything_more_or_less_than_an_update_does_not_leave(
         assert entries(made)[-1]["why"] == why
     assert "effusion" not in made.ledger_file.read_text()
     assert not answer(made, told(world, plan)).has_error()  # the honest one leaves
+
+
+def test_a_tensor_that_sites_of_other_data_train_does_not_leave(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north = hospital(tmp_path / "north", world, "north")
+    plan = approved(north, written_plan(tmp_path, world))
+    name, value = next((name, value) for name, value in world.initial().items() if group_of(name) == "text.head")
+
+    def add(reply: Message) -> None:
+        reply.content.array_records["deltas"][name] = Array(value.numpy())
+
+    asked = order(world, "image", plan=plan, ledger=HEAD)
+    assert not answer(north, asked).has_error()
+    hostile(monkeypatch, add)
+    why = refused(north, asked)
+    assert "the reply is not what the plan has this site send" in why
+    assert entries(north)[-1]["why"] == why
 
 
 def test_an_update_beyond_the_norm_does_not_leave(

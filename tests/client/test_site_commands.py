@@ -32,6 +32,7 @@ def made(world: World, tmp_path: Path) -> Home:
         "init", "west", "--coordinator", COORDINATOR, "--ca", tmp_path / "ca.crt", "--shard", shard, home=tmp_path / "w"
     )
     assert "read out its fingerprint" in said.output
+    assert f"see {tmp_path / 'w/systemd'}" in said.output
     home = Home(tmp_path / "w")
     set_policy(home)
     return home

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -62,6 +63,22 @@ def test_what_a_program_started_ends_with_it_so_that_the_next_finds_its_ports_fr
     watched = Watched(one)
     watched.until(lambda: watched.told("ended with code 0"))
     assert not is_running(int(one.log.read_text().split()[0]))
+
+
+def test_a_program_that_works_for_another_is_started_anew_when_that_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(supervisor, "POLL_S", 0.02)
+    brief = program("brief", "import time; time.sleep(0.5)", tmp_path)
+    child = "import subprocess; subprocess.Popen(['sleep', '600']).wait()"
+    helper = dataclasses.replace(program("helper", child, tmp_path), works_for="brief")
+    watched = Watched(helper, brief, program("other", child, tmp_path))
+    watched.until(lambda: len(watched.told("ended with code 0")) == 2)
+    pids = [int(what.split()[-1]) for name, what in watched.events if name == "helper" and "started" in what]
+    assert len(pids) >= 2
+    assert not any(map(is_running, pids))
+    assert len([name for name, what in watched.events if name == "other" and "started" in what]) == 1
 
 
 def test_a_program_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from evaluation_toys import ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw, write
+from memorised import Same, TinyVocabulary
 
 from fedmix import config
 from fedmix.batch import Batch
 from fedmix.errors import ConfigError, DataError
-from fedmix.evaluation.leakage import audit, relinkage_report
+from fedmix.evaluation.leakage import audit, relinkage_report, update_report
 from fedmix.evaluation.membership import AuditSettings, membership_scores, patient_scores
 from fedmix.evaluation.subjects import Subjects
 from fedmix.federation.local import Assignment, train
@@ -23,24 +23,6 @@ from fedmix.model.encoder import MixedModel
 
 NUM = 60  # studies on either side
 SETTINGS = AuditSettings(num_draws=3, num_bootstrap=200)
-
-
-class TinyVocabulary:
-    vocab_size, mask_id = tiny.VOCABULARY, tiny.MASK
-    special_ids = frozenset(range(tiny.FIRST_WORD))
-
-    def encode(self, texts: list[str], max_words: int) -> list[list[int]]:
-        raise AssertionError("an audit encodes no text")
-
-
-@dataclass(frozen=True)
-class Same:
-    """The same pairs at every step: the surest way to learn them by heart."""
-
-    pairs: Batch
-
-    def batch(self, step: int) -> Batch:
-        return self.pairs
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +92,27 @@ def test_an_audit_twice_is_the_same_and_leaves_the_model_as_it_was(overfitted: M
     assert first == again
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- a site's update
+
+
+def test_an_update_gives_its_members_and_their_words_away(overfitted: MixedModel, subjects: Subjects) -> None:
+    seen = np.unique(np.concatenate(subjects.words_of(np.flatnonzero(subjects.is_member))))
+    report = update_report((tiny.model(), overfitted), subjects, TinyVocabulary(), seen, settings=SETTINGS)
+    assert report["membership"]["patient"]["auc"] > 0.9
+    low, high = report["membership"]["patient"]["control"]["auc_ci95"]
+    assert low < 0.5 < high, "the model before the steps saw nobody"
+    assert report["words"]["recall"] > 0.9
+    still = update_report((overfitted, overfitted), subjects, TinyVocabulary(), seen, settings=SETTINGS)
+    assert still["membership"]["patient"]["auc"] == 0.5
+    assert still["words"]["num_recovered"] == 0
+    assert "words" not in update_report((overfitted, overfitted), subjects, TinyVocabulary(), seen[:0], settings=SETTINGS)
+
+
+def test_models_of_different_widths_are_no_update(subjects: Subjects) -> None:
+    with pytest.raises(DataError, match="two of one run"):
+        update_report((tiny.model(width=16), tiny.model()), subjects, TinyVocabulary(), np.arange(9))
 
 
 # ---- scores

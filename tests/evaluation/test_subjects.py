@@ -10,7 +10,7 @@ import pytest
 from fedmix.data.shard import Shard, ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
-from fedmix.evaluation.subjects import of_shards
+from fedmix.evaluation.subjects import of_shards, words_trained_on
 
 SIDE, TOKENIZER = 16, Tokenizer.load()
 SPLITS = ("train", "train", "val", "test")
@@ -55,6 +55,14 @@ def test_another_shard_is_taken_whole_but_for_patients_who_are_members(tmp_path:
     assert not found.are_alike
     assert found.counts()["num_shared_patients_left_out"] == 4  # 32, 33, 36 and 37 stand in both
     assert found.counts()["non_members"]["patients"] == 36
+
+
+def test_words_trained_on_are_those_of_the_training_splits_reports_and_of_no_others(tmp_path: Path) -> None:
+    one, images = shard(tmp_path / "one"), shard(tmp_path / "images", first=60, num=1)
+    trained = [number for number in range(40) if number % 3 and SPLITS[number % 4] == "train"]
+    expected = {word for ids in TOKENIZER.encode([f"effusion {number}" for number in trained], 99) for word in ids}
+    assert set(words_trained_on([one, images]).tolist()) == expected
+    assert len(words_trained_on([images])) == 0
 
 
 def test_patients_are_drawn_with_all_their_studies(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fedmix.federation.trainable import HEADS, narrowed
 from fedmix.federation.update import group_of
 from fedmix.model.adapters import learns
 from fedmix.objectives.mixture import Learner
+from fedmix.privacy import dpsgd
 from fedmix.privacy.dpsgd import ClippedSum, learning_modules
 
 Gradients = dict[str, Tensor]
@@ -140,6 +141,19 @@ def test_clipped_patient_gradients_equal_a_loop_over_patients(kinds: list[str], 
     scale = length(expected)
     for name, value in expected.items():
         assert length({name: found[name] - value}) <= 1e-4 * scale, name
+
+
+def test_pieces_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = People(["i", "pp", "t", "ip"]).batch
+    found = []
+    for piece_bytes in (dpsgd.PIECE_BYTES, 2**13, 1):
+        monkeypatch.setattr(dpsgd, "PIECE_BYTES", piece_bytes)
+        found.append(clipped_sum(tiny.learner(mvm=1.0, mlm=0.3, joint_share=0.5), batch, 0.3))
+    (whole, norm_U), *others = found
+    for totals, norms in others:
+        torch.testing.assert_close(norms, norm_U)
+        for name, value in whole.items():
+            torch.testing.assert_close(totals[name], value, rtol=1e-4, atol=1e-6)
 
 
 @given(people, st.floats(0.01, 10.0))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmix import config
 from fedmix.report.summary import build_report, write_json
 
 SITES = {"north": "image", "east": "image", "south": "image", "west": "text", "harbour": "text", "hill": "paired"}
@@ -27,6 +28,22 @@ TEXTS = (
     "a pacemaker is in place. mild oedema.",
     "hyperinflated lungs with flat diaphragm. no focal opacity.",
 )
+
+
+def experiment() -> config.Experiment:
+    """What the run was made to do: both stages, at sites of phantoms."""
+    phantom = {"studies": 1200, "look": "north"}
+    masked = {"name": "masked", "rounds": 20}
+    aligned = {"name": "aligned", "rounds": 10, "streams": ["image", "paired"], "objectives": {"contrast": 1.0}}
+    values = {
+        "name": "demo",
+        "data": {
+            "sites": [{"name": name, "stream": stream, "phantom": phantom} for name, stream in SITES.items()],
+            "held_out": {"phantom": phantom | {"seed": 9}},
+        },
+        "stages": [masked, aligned],
+    }
+    return config.build(values)
 
 
 def metrics_rows(num_rounds: int = 30) -> list[dict[str, Any]]:
@@ -213,8 +230,6 @@ def write_run(folder: Path, **changes: Any) -> Path:
     write_json(folder / "report.json", build_report(**report_values(**changes)))
     write_json(folder / "manifest.json", manifest())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metrics_rows()))
-    (folder / "config.yaml").write_text(
-        "name: demo\nseed: 0\nstages:\n- name: masked\n  rounds: 20\n- name: aligned\n  rounds: 10\n"
-    )
+    (folder / "config.yaml").write_text(experiment().to_yaml())
     write_examples(folder / "evaluation")
     return folder

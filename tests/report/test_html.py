@@ -63,8 +63,9 @@ def words(path: Path) -> str:
 def test_report_is_one_file_that_asks_for_nothing_else(run_dir: Path) -> None:
     path = write_report(run_dir)
     reader, source = read(path), path.read_text(encoding="utf-8")
-    assert reader.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in reader.addresses)
+    pictures = [address for address in reader.addresses if not address.startswith("#")]
+    assert pictures
+    assert all(address.startswith("data:image/png;base64,") for address in pictures)
     assert "script" not in reader.tags
     assert "link" not in reader.tags
     assert not re.search(r"https?://|@import|url\(", source)
@@ -135,7 +136,7 @@ def test_names_from_data_are_text_and_never_markup(make_run: Callable[..., Path]
 def test_examples_of_a_site_leave_no_picture_and_no_word(run_dir: Path) -> None:
     write_examples(run_dir / "evaluation", source="site")
     path = write_report(run_dir)
-    assert read(path).addresses == []
+    assert all(address.startswith("#") for address in read(path).addresses)
     assert "pacemaker is in place" not in words(path)
     assert "only from synthetic or public studies" in words(path)
 

@@ -54,6 +54,30 @@ def found(**changes: Any) -> dict[str, Any]:
     return values | changes
 
 
+def exposed(mean_bits: dict[str, float], p_values: dict[str, float], **changes: Any) -> dict[str, Any]:
+    """Canaries by how many patients held them; "all" is everyone's."""
+    blocks = {
+        times: {"mean_exposure_bits": bits, "exposure_bits": [bits - 0.5, bits + 0.5], "p_value": p_values[times]}
+        for times, bits in mean_bits.items()
+    }
+    whole = blocks.pop("all")
+    sizes = {"num_planted": 8, "num_candidates": 511, "most_possible_bits": 9.0, "chance_bits": 1.44}
+    return sizes | {"all": whole, "by_times": blocks} | changes
+
+
+def canaries_and_update() -> dict[str, Any]:
+    """Texts are exposed where many held them, pictures are not; the update gives members and words away."""
+    texts = exposed({"all": 4.2, "1": 1.5, "8": 6.9}, {"all": 1e-6, "1": 0.4, "8": 1e-9})
+    level = dict.fromkeys(("all", "1", "8"), 0.5)
+    images = exposed(dict.fromkeys(level, 1.4), level, psnr_db=14.2, candidates_psnr_db=14.1)
+    words = {
+        "precision": 0.93, "recall": 0.71, "average_precision": 0.9, "chance": 0.12, "p_value": 1e-30, "num_recovered": 410,
+        "num_seen": 537,
+    }  # fmt: skip
+    whole = {"text": block(0.8), "patient": block(0.85)}
+    return {"canaries": {"texts": texts, "images": images}, "update": {"membership": whole, "words": words}}
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +107,7 @@ def test_the_page_says_what_was_tried_found_and_meant_with_sample_sizes(tmp_path
         "An accounted epsilon below 0.42 would be contradicted by this attack.",
         "88 of 600 members and 31 of 600 non-members accused",
         "None were planted before training.",
+        "An audit of a model sees no update.",
     ):
         assert sentence in text
 
@@ -131,6 +156,46 @@ def test_what_could_not_be_measured_is_said_and_draws_nothing(tmp_path: Path) ->
     assert all("7 patients" in finding.meaning[0] for finding in page.findings)
     assert len(rows(empty)) == 4
     assert "Not enough data for any picture." in words(write_leakage(tmp_path / "leakage.html", empty))
+
+
+def test_canaries_and_an_update_are_told_with_what_they_mean(tmp_path: Path) -> None:
+    values = found(**canaries_and_update())
+    page = page_of(values)
+    assert "planted texts (exposed by 4.2 of 9.0 bits)" in page.verdict[0]
+    assert "of 7 attacks" in page.verdict[0]
+    assert "planted pictures" not in page.verdict[0]
+    assert "tells who is in the training (85 % right) and which words its reports use (71 % of them)" in page.verdict[1]
+    text = words(write_leakage(tmp_path / "leakage.html", values))
+    for sentence in (
+        "Learnt by heart where several patients held the same; what a single one held was not told apart.",
+        "a little memory may be missed",
+        "held by 8 patients 6.9 bits",
+        "8 planted among 511 never planted",
+        "14.2 dB, others 14.1 dB",
+        "Whoever receives this update alone can list words",
+    ):
+        assert sentence in text
+    assert "None were planted" not in text
+    assert "An audit of a model sees no update" not in text
+    assert {row[0]: row[1] for row in rows(values)}["Planted texts"] == "4.2 bits"
+    assert len(page.panels) == 7  # three of the model, two of canaries, members and words of the update
+
+
+def test_what_one_patient_held_weighs_most() -> None:
+    values = found(**canaries_and_update())
+    values["canaries"]["texts"]["by_times"]["1"]["p_value"] = 0.001
+    meaning = next(one for one in page_of(values).findings if one.title == "Planted texts").meaning[0]
+    assert "even what a single patient held" in meaning
+
+
+def test_an_update_that_tells_nothing_and_a_start_that_knew_are_said() -> None:
+    values = found(**canaries_and_update())
+    values["update"] = {"membership": {"patient": block(0.505) | {"control": block(0.7)}}}
+    page = page_of(values)
+    assert "did not tell better than guessing" in page.verdict[1]
+    assert "taught it some of these patients" in page.findings[-1].meaning[1]
+    values["update"]["membership"]["patient"] |= {"auc": None, "auc_ci95": None, "reason": "not enough data: 7 patients"}
+    assert not any("One site's update" in sentence for sentence in page_of(values).verdict)
 
 
 @pytest.mark.parametrize(

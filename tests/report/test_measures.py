@@ -105,7 +105,7 @@ def test_recovered_gap_needs_both_baselines() -> None:
 
 def test_comparison_has_a_row_for_each_run_and_its_markdown_cannot_be_broken_by_a_name() -> None:
     odd = report(run=report_values()["run"] | {"name": "a|b\n<i>"})
-    text = measures.markdown(measures.compare_table([report(), odd]))
+    text = measures.as_markdown(measures.compare_table([report(), odd]))
     lines = text.splitlines()
     assert len(lines) == 4
     assert lines[3].startswith("| a\\|b &lt;i> |")

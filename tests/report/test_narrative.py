@@ -50,20 +50,20 @@ def test_story_of_an_empty_evaluation_only_says_who_took_part_and_what_was_sent(
 def test_limits_name_the_baselines_that_were_not_run_and_the_missing_privacy_bound() -> None:
     text = " ".join(narrative.limits(report(), "synthetic phantoms"))
     assert "Not compared in this run: best site, paired only or centralised." in text
-    assert "No differential privacy bounds" in text
+    assert "No differential privacy bounds" in " ".join(narrative.protection(report()))
     assert "synthetic phantoms" in text
     bounded = {"mode": "dpsgd", "epsilon": 3.0, "delta": 1e-5, "unit": "patient", "accountant": "PRV"}
     assert "epsilon = 3, delta = 1e-05 for each patient, by the PRV accountant" in " ".join(
-        narrative.limits(report(privacy=bounded), None)
+        narrative.protection(report(privacy=bounded))
     )
 
 
-def test_limits_say_what_the_number_of_sites_lets_aggregation_promise() -> None:
+def test_protection_says_what_the_number_of_sites_lets_aggregation_promise() -> None:
     facts = {"rule": "modality_aware", "combine": "mean", "promises": ["image tower, 2 sites: bounded influence and no more."]}
-    assert "Against a wrong site, image tower, 2 sites: bounded influence and no more." in narrative.limits(
-        report(aggregation=facts), None
+    assert "Against a wrong site, image tower, 2 sites: bounded influence and no more." in narrative.protection(
+        report(aggregation=facts)
     )
-    assert not any("wrong site" in sentence for sentence in narrative.limits(report(), None))
+    assert not any("wrong site" in sentence for sentence in narrative.protection(report()))
 
 
 def reranked(**changes: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_re_ranking_that_was_not_done_is_silent_unless_it_was_asked_for() -> Non
     ]
 
 
-def test_limits_say_what_an_epsilon_covers_and_by_whose_word() -> None:
+def test_protection_says_what_an_epsilon_covers_and_by_whose_word() -> None:
     site = {"name": "north", "epsilon": 2.5, "epsilon_rdp": 2.9, "steps": 40.0, "noise_multiplier": 1.1, "sample_rate": 0.05}
     privacy = {
         "mode": "dp",
@@ -104,7 +104,7 @@ def test_limits_say_what_an_epsilon_covers_and_by_whose_word() -> None:
         "steps": 40.0,
         "sites": [site],
     }
-    text = " ".join(narrative.limits(report(privacy=privacy), None))
+    text = " ".join(narrative.protection(report(privacy=privacy)))
     assert (
         "epsilon = 2.5, delta = 1e-05 for each patient (add or remove one patient), by the prv accountant after 40 steps"
         in text

@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 from synthetic_run import SITES, evaluation, metrics_rows, report_values, row
 
+from fedmix.commands.screen import Screen
+from fedmix.report.measures import compare_table
 from fedmix.report.summary import Report, build_report, parse_report
-from fedmix.report.terminal import LiveView, final_table, remarks, view, wants_plain
+from fedmix.report.terminal import LiveView, final_table, grid_table, remarks, view, wants_plain
 
 HOSTILE = "[red]x[/red]\x1b[31m\n"
 
@@ -173,3 +175,19 @@ def test_remarks_tell_what_the_table_has_no_column_for() -> None:
     assert len(found) == 2
     assert "R@1 of images is 25.1 % and was" in found[0]
     assert remarks(report()) == []
+
+
+def test_names_in_tables_and_reasons_above_the_live_view_are_words_and_never_markup() -> None:
+    values = report_values()
+    values["run"]["name"] = HOSTILE
+    values["baselines"][HOSTILE] = {"evaluation": evaluation(0.5)}
+    found = parse_report(build_report(**values))
+    console = terminal(160)
+    console.print(final_table(found), grid_table(compare_table([found]), "run"))
+    Screen(LiveView(console, is_plain=True)).update(
+        {"event": "dropped", "stage": "masked", "round": 1, "site": HOSTILE, "why": HOSTILE}
+    )
+    assert isinstance(console.file, io.StringIO)
+    assert "[red]x[/red]\x1b" not in console.file.getvalue()
+    assert "31m\n" not in console.file.getvalue()
+    assert shown(console).count("[red]x[/red]") == 4, "baseline, run, site and reason"

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
-from little import DirectGrid, World, everyone, failing
+from little import SITES, DirectGrid, World, everyone, failing
 
 from fedmix.deployment.ledger import Ledger, verify
 from fedmix.errors import RunError
 from server import messages, roster
 from server.books import Books
+from server.roster import Roster
 
 PLAN = "c" * 64
 
@@ -84,6 +85,68 @@ def test_a_site_that_is_not_connected_is_named(tmp_path: Path, monkeypatch: pyte
     world = World(tmp_path / "a", everyone(tmp_path))
     with pytest.raises(RunError, match=r"2 of 3 nodes came within 0 s \(west missing\)"):
         world.run(Registered(world, ["north", "south"]), books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+
+
+def offline(message: Message) -> Message:
+    """What the SuperLink answers for a node that has gone."""
+    return Message(Error(code=5, reason="Node Unavailable"), reply_to=message)
+
+
+def test_a_site_that_goes_offline_before_it_has_said_who_it_is_is_asked_again(tmp_path: Path) -> None:
+    world, books = World(tmp_path / "a", everyone(tmp_path)), Books(Ledger(tmp_path / "ledger.jsonl"), PLAN)
+
+    class Gone(Registered):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            messages = list(messages)
+            answers = list(super().send_and_receive(messages, timeout=timeout))
+            return answers if len(messages) == 1 else [*answers[:2], offline(messages[2])]
+
+    grid = Gone(world, ["north", "south", "west"])
+    world.run(grid, books=books)
+    assert [site for site, message in grid.sent if message.metadata.message_type == "query"] == [*SITES, "west"]
+    assert world.taken() == [(1, "north"), (1, "south"), (1, "west")]
+    greetings = [entry["why"] for entry in books.ledger.entries() if entry["kind"] == "query" and entry["direction"] == "in"]
+    assert greetings == [None, None, "its agent went offline", None]
+
+
+def test_a_site_that_stays_offline_ends_the_run_before_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(Registered):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            messages = list(messages)
+            self.push_messages(messages)
+            return list(map(offline, messages))
+
+    monkeypatch.setattr(roster, "GREETING_DEADLINE_S", 0.1)
+    world = World(tmp_path / "a", everyone(tmp_path))
+    with pytest.raises(RunError, match="no node answered for north, south, west; start their agents"):
+        world.run(Gone(world, SITES), books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+
+
+def test_a_lost_agent_is_waited_for_but_only_once_if_it_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [SITES]  # by one question after the other, and then for good
+
+    class Seen(DirectGrid):
+        def get_nodes(self) -> Iterable[NodeInfo]:
+            names = seen[0] if len(seen) == 1 else seen.pop(0)
+            return [NodeInfo(name=name) for name in names]
+
+    monkeypatch.setattr(roster, "RETURN_S", 0.2)
+    monkeypatch.setattr(roster, "GREETING_POLL_S", 0.01)
+    world, two, grid = World(tmp_path / "a", everyone(tmp_path)), SITES[:2], Seen([], {})
+    sites = Roster(grid, world.experiment, books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+    assert sites.away(SITES) == set()
+    seen[:] = [two, two, SITES]
+    assert sites.away(SITES) == set()
+    seen[:] = [two]
+    assert sites.away(SITES) == {"west"}
+    seen[:] = [two, SITES]
+    assert sites.away(SITES) == {"west"}  # not waited for
+    assert sites.away(SITES) == set()
+    seen[:] = [two, SITES]
+    assert sites.away(SITES) == set()  # seen since, and waited for again
+    assert Roster(grid, world.experiment).away(SITES) == set()
 
 
 @pytest.mark.parametrize("head", ["x", "A" * 64, "a" * 63, 7])

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedmix.errors import ConfigError, RunError
-from server import certificates, coordinator, serving
+from server import certificates, control, coordinator, serving, standing
 from server.home import Home, Settings
 
 PORTS = {"port": 9443, "control_port": 9444, "health_port": 9445}
@@ -144,6 +144,27 @@ def test_a_certificate_is_renewed_before_it_ends_and_when_the_host_changes(home:
     home.ca_key.write_bytes(home.key.read_bytes())
     with pytest.raises(ConfigError, match="put them back from your copy"):
         certificates.issue(home, "hub.example.org")
+
+
+def test_a_certificate_that_has_ended_is_the_cause_that_commands_name(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        with control.connected(home) as link:
+            link.nodes()
+
+    with pytest.raises(RunError, match=r"does not answer \(ConnectError\)"):
+        asked()
+    monkeypatch.setattr(certificates, "SERVER_DAYS", -0.5)
+    certificates.issue(home, "hub.example.org")
+    with pytest.raises(RunError, match=r"server.crt has ended on .* start it again, which issues it anew"):
+        asked()
+
+
+@pytest.mark.parametrize(("days", "is_told"), [(31, False), (29, True)])
+def test_a_certificate_that_ends_soon_is_told_with_the_coordinators_standing(days: int, is_told: bool, home: Home) -> None:
+    ends = certificates.expires(home.certificate)
+    said = standing._ending(ends, ends - datetime.timedelta(days=days))
+    assert said.startswith(f"{ends:%Y-%m-%d}")
+    assert ("start it again before then" in said) == is_told
 
 
 def test_a_home_serves_one_coordinator_and_says_which_port_is_taken(tmp_path: Path) -> None:

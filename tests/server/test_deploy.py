@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
@@ -10,6 +13,7 @@ from little import DirectGrid, World, everyone
 
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
+from fedmix.report.history import EVENTS
 from server import deploy
 from server.home import RUNS
 from server.store import RunStore
@@ -29,6 +33,16 @@ def test_a_run_that_is_not_there_and_a_server_that_was_not_told_where_are_told_a
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/config.yaml").touch()
     assert deploy.run_folder({"run": "demo"}, {RUNS: str(tmp_path)}) == tmp_path / "demo"
+
+
+def test_rows_are_shown_and_kept_as_they_come(tmp_path: Path) -> None:
+    shown: list[Mapping[str, Any]] = []
+    tell = deploy.teller(tmp_path, shown.append)
+    rows = [{"event": "site", "round": 1}, {"event": "dropped", "round": 1, "site": "north", "why": "late\n"}]
+    for number, row in enumerate(rows, 1):
+        tell(row)
+        assert [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()] == rows[:number]
+    assert shown == rows
 
 
 def context(name: str) -> Context:

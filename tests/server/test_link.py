@@ -107,6 +107,16 @@ def test_a_request_that_failed_is_asked_again() -> None:
     assert list(LinkGrid(Answers({"nodes": [refused(500)]})).get_node_ids()) == []
 
 
+def test_a_superlink_that_died_within_a_handshake_is_asked_again() -> None:
+    """Flower repeats what is a failed connection, but not if the error's text speaks of TLS."""
+    torn = httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol")
+    grid = LinkGrid(Answers({"a": [torn, [reply("a")]], "nodes": [torn, [2]], "push": [torn, ["b"]]}))
+    assert list(grid.pull_messages(["a"])) == []
+    assert len(list(grid.pull_messages(["a"]))) == 1
+    assert [list(grid.get_node_ids()), list(grid.get_node_ids())] == [[], [2]]
+    assert list(grid.push_messages([order("x"), order("y")])) == ["", "b"]
+
+
 def test_an_order_that_the_link_does_not_take_has_no_id() -> None:
     failed = ObjectPushError("object", 7, "session")
     grid = LinkGrid(Answers({"push": [["a"], [None], refused(409), failed, ["b"]]}))

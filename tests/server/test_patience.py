@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sqlite3
 from collections.abc import MutableMapping
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore import sql_mixin
+from flwr.supercore.constant import TaskType
+from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
 
 from server import superlink
+from server.coordinator import AWAY_S, bound
 
 
 def answered(status: int, path: str) -> int:
@@ -37,8 +47,35 @@ def test_a_failure_is_one_that_flowers_programs_ask_again_after(status: int, see
     assert answered(status, "/v1/fleet/push-object") == seen
 
 
+@pytest.mark.filterwarnings("ignore:No path_separator found")  # Flower's database, of Alembic
+def test_a_serverapp_that_could_not_be_heard_for_minutes_is_still_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    monkeypatch.setattr(sql_corestate, "HEARTBEAT_PATIENCE", sql_corestate.HEARTBEAT_PATIENCE)
+    superlink.be_patient()
+    state = LinkStateFactory(str(tmp_path / "state.db"), NoOpFederationManager(), ObjectStoreFactory()).state()
+    run = state.create_run("app", "1", "hash", {}, "", None, None, TaskType.SIMULATION)
+    task = state.get_run_info(run_ids=[run])[0].primary_task_id
+    assert state.claim_task(task)
+    assert state.activate_task(task)
+    begun = sql_corestate.now()
+    for seconds, is_running in ((AWAY_S - 10, True), (2 * AWAY_S, False)):
+        monkeypatch.setattr(sql_corestate, "now", lambda seconds=seconds: begun + timedelta(seconds=seconds))
+        assert state.acknowledge_task_heartbeat(task) is is_running
+
+
+def test_until_it_serves_a_port_refuses_calls() -> None:
+    with closing(bound("127.0.0.1", 0)) as own:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(own.getsockname(), timeout=5.0)
+        own.listen()
+        socket.create_connection(own.getsockname(), timeout=5.0).close()
+
+
 def test_a_connection_waits_long_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    monkeypatch.setattr(sql_corestate, "HEARTBEAT_PATIENCE", sql_corestate.HEARTBEAT_PATIENCE)
     superlink.be_patient()
     with sqlite3.connect(":memory:") as connection:
         sql_mixin._set_sqlite_pragmas(connection, None)

@@ -473,6 +473,11 @@ def test_flowers_own_errors_are_told_by_number_because_their_text_quotes_paths()
     assert reason(2, "<class 'OSError'>:<'/data/jones/shard'>") == "Flower error 2; the node's own log has the details"
 
 
+def test_what_a_failing_machine_or_line_brings_about_is_told_in_words() -> None:
+    assert reason(5, "Error: Node Unavailable") == "its agent went offline"
+    assert reason(8, "ClientApp stopped responding.").startswith("the program that answers for it stopped")
+
+
 def test_a_reason_is_one_short_line_without_control_signs() -> None:
     assert reason(site_messages.REFUSED, "no\nroom\x1b[31m\u202e") == "no room [31m "
     assert len(reason(site_messages.REFUSED, "x" * 10_000)) < 310

@@ -12,9 +12,10 @@ from little import values, write_config
 from fedmix import config
 from fedmix.deployment import plan as plans
 from fedmix.errors import ConfigError, RunError
+from fedmix.report.history import EVENTS
 from server import coordinator, deploy, planning, running, standing
 from server.control import FlowerRun
-from server.home import EVENTS, PLAN, Home, Settings
+from server.home import PLAN, Home, Settings
 
 SITES = ("north", "south", "west")
 
@@ -95,7 +96,7 @@ def test_a_runs_end_is_told_in_its_own_words_if_it_had_any(tmp_path: Path) -> No
     ended = FlowerRun(1, "little", "finished:failed", "round 1 failed")
     assert running._cause(tmp_path, ended) == "round 1 failed; go on with --resume"
     assert running._cause(tmp_path, FlowerRun(1, "little", "finished:stopped", "")) == deploy.STOPPED
-    assert running._cause(tmp_path, FlowerRun(1, "little", "finished:failed", "")) == running.DIED
+    assert running._cause(tmp_path, FlowerRun(1, "little", "finished:failed", "")) == f"{running.DIED}; go on with --resume"
     (tmp_path / "manifest.json").write_text(json.dumps({"state": "failed", "cause": "site north: policy"}))
     assert running._cause(tmp_path, ended) == "site north: policy"
 

@@ -13,7 +13,7 @@ from fedmix import config
 from fedmix.data.shard import Shard
 from server import held_out as central
 from server.conclusion import evaluate
-from simulations.attack import membership, people
+from simulations.membership import membership, people
 
 
 def attacked(folder: Path) -> config.Experiment:
