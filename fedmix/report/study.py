@@ -331,6 +331,8 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
     experiment = config.load(run / "config.yaml")
     stages = {stage.name: stage for stage in experiment.stages}
     streams = {site.name: site.stream for site in experiment.data.sites}
+    if experiment.privacy.mode == "dp" or experiment.privacy.trainable != "all":
+        step_costs = {}  # what was measured is a plain step of the whole model
     steps, bytes_up, examples, core_s = 0, 0, dict[str, int](), 0.0
     for row in _site_rows(run / "metrics.jsonl"):
         stage = stages[row["stage"]]
