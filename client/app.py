@@ -36,11 +36,13 @@ from fedmix.federation import compression, local
 from fedmix.federation.local import Start
 from fedmix.federation.microbatch import parts_of
 from fedmix.federation.optimisers import OptimiserState
+from fedmix.federation.trainable import narrowed
 from fedmix.federation.update import Update
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
 
 if TYPE_CHECKING:
+    from client.noisy_updates import SpentUpdate
     from client.private import Spent
 
 
@@ -182,14 +184,16 @@ def _train(message: Message, place: Place) -> Message:
     if not stage.optimiser.keep_state:
         memory = replace(memory, moments={})
     first_step = (order.round_number - stage_began) * stage.local_steps
-    spent = _spend(place, job, order)
+    spent, noise = _spend(place, job, order), _spend_update(place, job, order)
     with ThreadPoolExecutor(max_workers=1) as disk:  # a large model's files are written while the site computes
         kept = [disk.submit(state.keep_received, received)] if order.parameters else []
         started = time.time()
-        if spent is None:
-            update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
-        else:
-            update, moments = _private_steps(place, job, first_step, Start(memory.moments, order.second_moments), spent)
+        with narrowed(job.learner.model, experiment.privacy, experiment.seed, stage.name) as whole:
+            if spent is None:
+                update, moments = _steps(place, job, first_step, memory.moments, order.second_moments)
+            else:
+                update, moments = _private_steps(place, job, first_step, Start(memory.moments, order.second_moments), spent)
+        update = whole(update) if noise is None else noise.cover(whole(update))
         trained_s = (started, time.time())
         kept.append(disk.submit(state.keep_moments, order.round_number, moments if stage.optimiser.keep_state else {}))
         # The seed holds the round and nothing that a repeat of it would change.
@@ -199,7 +203,8 @@ def _train(message: Message, place: Place) -> Message:
             written.result()
     # Before the reply: a committed round must find it.
     state.finish(order.round_number, residual)
-    return messages.reply(message, order, update, coded, trained_s=trained_s, privacy=spent.facts() if spent else {})
+    counted = spent or noise
+    return messages.reply(message, order, update, coded, trained_s=trained_s, privacy=counted.facts() if counted else {})
 
 
 def _secure_site(message: Message, place: Place) -> SecureSite:
@@ -265,12 +270,29 @@ def _sealed(message: Message, answer: Message, place: Place) -> Message:
 
 
 def _spend(place: Place, job: Materials, order: messages.Order) -> Spent | None:
-    """The round in the site's privacy ledger, before anything of it is computed; None without differential privacy."""
-    if job.experiment.privacy.mode == "none":
+    """The round in the ledger of the site's patients, before anything of it is computed; None where none is kept."""
+    if job.experiment.privacy.mode != "dp":
         return None
     from client import private  # Opacus takes seconds to import, and most experiments need none of it
 
     return private.spend(
+        job.experiment,
+        _site(job.experiment, place.site),
+        job.stage,
+        shard=place.shard,
+        state=place.state,
+        run=order.run,
+        round_number=order.round_number,
+    )
+
+
+def _spend_update(place: Place, job: Materials, order: messages.Order) -> SpentUpdate | None:
+    """The round in the ledger of the site's whole updates, before anything of it is computed; None where none is kept."""
+    if job.experiment.privacy.mode != "noisy_updates":
+        return None
+    from client import noisy_updates  # Opacus again
+
+    return noisy_updates.spend(
         job.experiment,
         _site(job.experiment, place.site),
         job.stage,

@@ -259,7 +259,7 @@ def _check_update(
         "metrics": MetricRecord,
         "second_moments": MetricRecord,
         "deltas": ArrayRecord,
-    } | ({"privacy": MetricRecord} if admitted.experiment.privacy.mode == "dp" else {})
+    } | ({"privacy": MetricRecord} if admitted.experiment.privacy.is_counted_by_sites else {})
     if set(content) != set(kinds) or not all(isinstance(content[name], kind) for name, kind in kinds.items()):
         raise PolicyError("the reply holds records that are none of an update, or lacks one")
     receipt = content.config_records["receipt"]

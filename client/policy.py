@@ -46,7 +46,7 @@ class Hours(Part):
 class Privacy(Part):
     """What a plan must have before this site takes part."""
 
-    mode: Literal["none", "dp"] = "none"
+    mode: Literal["none", "dp", "noisy_updates", "central_noise"] = "none"
     epsilon: float | None = Field(default=None, gt=0.0, description="largest privacy loss of all plans together")
     secure_sum: bool = False
 
@@ -77,8 +77,10 @@ class Policy(Part):
     def check_privacy(self, offered: config.Privacy) -> None:
         """Refuse a plan that protects patients less than this site asks for."""
         wanted = self.privacy
-        if (wanted.mode == "dp" or wanted.epsilon is not None) and offered.mode != "dp":
-            raise PolicyError("this site's policy asks for differential privacy, which the plan does not have")
+        asked: str = "dp" if wanted.mode == "none" and wanted.epsilon is not None else wanted.mode
+        if asked not in ("none", offered.mode):
+            what = "differential privacy" if asked == "dp" else f"privacy.mode = {asked}"
+            raise PolicyError(f"this site's policy asks for {what}, which the plan does not have")
         # The plan's epsilon bounds all that the site's privacy ledger holds, of earlier plans too (client/private.py).
         if wanted.epsilon is not None and (offered.epsilon is None or offered.epsilon > wanted.epsilon):
             asked = "no limit" if offered.epsilon is None else f"{offered.epsilon:g}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedmix import config
 from fedmix.batch import Stream
-from fedmix.privacy import ACCOUNTANT, RELATION, UNIT
+from fedmix.privacy import ACCOUNTANT, PROMISES
 from server.spool import Coded
 
 
@@ -64,7 +64,8 @@ def add(totals: dict[str, float], name: str, value: float) -> None:
 def privacy_of(experiment: config.Experiment, totals: Mapping[str, float]) -> dict[str, Any]:
     """The privacy block of report.json. A site's epsilon is what its ledger held at its last update that counted.
 
-    Epsilon is the largest site's: patients are those of one site; one of several bears the sum of theirs.
+    Epsilon is the largest site's: patients are those of one site; one of several bears the sum of theirs. Where the server
+    adds the noise it is that of the run's own ledger, and no site tells one.
     """
     settings = experiment.privacy
     if settings.mode == "none":
@@ -75,12 +76,16 @@ def privacy_of(experiment: config.Experiment, totals: Mapping[str, float]) -> di
         for site in experiment.data.sites
         if f"privacy/{site.name}/epsilon" in totals
     ]
-    largest = {name: max((site[name] for site in sites), default=None) for name in ("epsilon", "epsilon_rdp", "steps")}
+    told: list[Mapping[str, Any]] = [*sites]
+    if "privacy/epsilon" in totals:
+        told.append({name: totals[f"privacy/{name}"] for name in names[:3]})
+    largest = {name: max((one[name] for one in told), default=None) for name in names[:3]}
+    promise = PROMISES[settings.mode]
     return {
         "mode": settings.mode,
         "delta": settings.delta,
-        "unit": UNIT,
-        "relation": RELATION,
+        "unit": promise.unit,
+        "relation": promise.relation,
         "accountant": ACCOUNTANT,
         "clip": settings.clip,
         "trainable": settings.trainable,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.evaluation import suite
-from fedmix.evaluation.features import HeldOut
+from fedmix.evaluation.features import HeldOut, Report
 from fedmix.federation import robust
 from fedmix.report import energy, summary
 from server import accounts, secure
@@ -33,8 +33,12 @@ def evaluate(
     tokenizer: Tokenizer,
     folder: Path,
     was_trained: bool = True,
+    attack: Callable[[], Report] | None = None,
 ) -> dict[str, Any]:
-    """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it."""
+    """The evaluation branch of report.json for some parameters; kept in the folder, so that a resumed run reads it.
+
+    ``attack`` finds the branch ``membership``, where the sites' patients are at hand.
+    """
     kept = kept_evaluation(experiment, folder)
     if kept is not None:
         return kept
@@ -46,7 +50,12 @@ def evaluate(
     source = _source(experiment)
     if source is not None:
         central.write_examples(folder / "evaluation", evaluation.examples, held_out, tokenizer, source)
-    result = {"of": _evaluated(experiment), "report": evaluation.as_report(), "seconds": time.time() - started}
+    report = evaluation.as_report()
+    if attack is not None:
+        report["membership"] = attack()
+    elif experiment.evaluation.membership_patients:
+        report["skipped"]["membership"] = "the sites' patients are not at the server; run `fedmix audit` at a site"
+    result = {"of": _evaluated(experiment), "report": report, "seconds": time.time() - started}
     summary.write_json(folder / "evaluation" / "evaluation.json", result)
     return result
 

@@ -21,6 +21,7 @@ from fedmix.evaluation.features import HeldOut
 from fedmix.federation.local import seed_of
 from fedmix.model import pretrained
 from fedmix.model.encoder import MixedModel
+from fedmix.model.folder import continue_from
 from fedmix.model.pretrained import LoadReport
 from server.store import Parameters
 
@@ -35,6 +36,8 @@ def warm_started(experiment: config.Experiment, tokenizer: Tokenizer) -> tuple[M
     model, files = random_model(experiment, tokenizer), experiment.model.warm_start
     if files is None:
         return model, None
+    if files.model is not None:
+        return model, continue_from(model, files.model, tokenizer)
     return model, pretrained.warm_start(model, image=files.image, text=files.text, tokenizer=tokenizer)
 
 

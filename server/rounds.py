@@ -21,6 +21,7 @@ from torch import Size, Tensor
 from fedmix import config, heap
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import aggregate, diagnostics, screening
+from fedmix.federation.noisy import largest_deviation
 from fedmix.federation.outer import outer_step
 from fedmix.federation.screening import Norms, Screen
 from fedmix.federation.update import REACHED_BY, base_of, digests, group_of, mean_metrics, num_bytes, tower_of
@@ -70,6 +71,7 @@ class Round:
     failures: dict[str, str] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    privacy: Mapping[str, float] = field(default_factory=dict)  # what the server's own ledger holds with it
 
 
 class RoundLoop:
@@ -123,7 +125,12 @@ class RoundLoop:
             stage,
             time.time(),
             digests(committed.parameters),
-            screening.reach(committed.parameters, stages, self._experiment.wire),
+            screening.reach(
+                committed.parameters,
+                stages,
+                self._experiment.wire,
+                noise_std=largest_deviation(self._experiment, committed.parameters),
+            ),
             self._secure_round(committed.round_number + 1),
         )
         spool = Spool(self._store.spool_folder)
@@ -312,7 +319,7 @@ class RoundLoop:
             order.site.stream, current.stage.local_steps, current.stage.batch_size, self._roster.studies[order.site.name]
         )
         examples = screening.check_work(reply.examples, reply.steps, reply.metrics, asked)
-        if bool(reply.privacy) != (self._experiment.privacy.mode == "dp"):
+        if bool(reply.privacy) != self._experiment.privacy.is_counted_by_sites:
             raise UpdateError(f"the site's update does not fit privacy.mode = {self._experiment.privacy.mode}")
         screening.check_second_moments(reply.second_moments, order.shapes, current.stage.optimiser)
         update = Coded(
@@ -396,15 +403,23 @@ class RoundLoop:
         return parameters, outer, squared**0.5
 
     def _changes(self, current: Round, updates: Sequence[Coded], shapes: Mapping[str, Size]) -> Iterable[tuple[str, Tensor]]:
-        """The aggregated change of every parameter that was trained."""
-        if current.secure is None:
+        """Every parameter's change; noised, and the noise in the run's ledger first, where that is the server's part."""
+        if current.secure is not None:
+            return self._unmasked(current, current.secure, shapes)
+        if self._experiment.privacy.mode != "central_noise":
             return aggregate.aggregate(updates, shapes, self._experiment.aggregation)
+        from server import central_noise  # Opacus takes seconds to import, and most experiments need none of it
+
+        current.privacy = central_noise.spend(self._experiment, self._store, current.number)
+        return central_noise.aggregate_noised(updates, shapes, self._experiment)
+
+    def _unmasked(self, current: Round, secure: SecureRound, shapes: Mapping[str, Size]) -> Iterable[tuple[str, Tensor]]:
         try:
-            current.secure.unmask()
+            secure.unmask()
         except UpdateError:
-            current.failures |= current.secure.failures  # why sites did not help
+            current.failures |= secure.failures  # why sites did not help
             raise
-        return current.secure.changes(shapes, current.reach)
+        return secure.changes(shapes, current.reach)
 
     def _diagnose(self, current: Round, updates: Sequence[Coded]) -> None:
         """What the updates looked like beside each other; not of a crowd, whose numbers nobody would read."""
@@ -427,6 +442,7 @@ class RoundLoop:
             totals |= {f"privacy/{site}/{name}": value for name, value in taken.privacy.items()}
         if current.secure is not None:
             current.secure.count(totals)
+        totals |= {f"privacy/{name}": value for name, value in current.privacy.items()}
         add(totals, "local_train_s", busy_s)
         add(totals, "aggregate_s", aggregate_s)
         return totals

@@ -311,7 +311,7 @@ def _read_checkpoint(folder: Path) -> Committed | None:
 def warm_start_hashes(experiment: config.Experiment) -> dict[str, str]:
     """SHA-256 of the files of model.warm_start by role, empty without one; the fingerprint knows nothing of paths."""
     files = experiment.model.warm_start
-    return {} if files is None else pretrained.hashes(files.image, files.text)
+    return {} if files is None else pretrained.hashes(files.image, files.text, files.model)
 
 
 def _manifest(experiment: config.Experiment) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 | name | what it is |
 |---|---|
 | random_init | the untrained model |
+| public_init | what training begins with: the files of model.warm_start, never trained here |
 | fedavg_all, modality_exact, fedcola | this experiment's stages under that rule of aggregation |
 | paired_only | the stages of the paired sites alone, averaged by FedAvg |
 | local_only, best_site | each paired site for itself (each site where none has pairs); the better one is the best site |
@@ -40,7 +41,8 @@ from fedmix.objectives.mixture import Learner
 from server import held_out as central
 from server.store import Parameters
 
-RANDOM_INIT, BEST_SITE = "random_init", "best_site"
+RANDOM_INIT, PUBLIC_INIT, BEST_SITE = "random_init", "public_init", "best_site"
+UNTRAINED = (RANDOM_INIT, PUBLIC_INIT)
 LOCAL_ONLY = ("local_only", BEST_SITE)
 RULES = get_args(config.Aggregation.model_fields["rule"].annotation)
 # By which number the best site is chosen: the first that all of them have. It is read from the test studies, which

@@ -67,7 +67,7 @@ def costs_of(experiment: config.Experiment) -> dict[str, float]:
     """Examples that each method trains on, and its evaluation, by name: what an estimate of the time left counts."""
     costs = {MAIN: _examples(experiment) + EVALUATION_COST}
     for name in experiment.baselines:
-        if name == baselines.RANDOM_INIT:
+        if name in baselines.UNTRAINED:
             costs[name] = EVALUATION_COST
         elif name in baselines.SPECIAL:
             costs[name] = _examples(config.variant(experiment, name)) + EVALUATION_COST

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,6 +28,7 @@ from server.deploy import teller
 from server.model_folder import save_model
 from server.store import Parameters, RunStore
 from simulations import attacks, baselines, engine
+from simulations.membership import membership
 from simulations.partition import prepare_sites
 from simulations.ray_engine import run_on_ray
 from simulations.superlink import run_on_superlink
@@ -147,14 +149,25 @@ def _evaluate(
     """What ``evaluate`` finds, and the word that it begins."""
     if kept_evaluation(experiment, folder) is None:
         ready.view.say(f"evaluating {what}")
-    return evaluate(experiment, parameters, ready.held_out, tokenizer=ready.tokenizer, folder=folder, was_trained=was_trained)
+    return evaluate(
+        experiment,
+        parameters,
+        ready.held_out,
+        tokenizer=ready.tokenizer,
+        folder=folder,
+        was_trained=was_trained,
+        attack=partial(membership, experiment, parameters, ready.shards, ready.tokenizer)
+        if experiment.evaluation.membership_patients
+        else None,
+    )
 
 
 def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, dict[str, Any]]:
     """Train what a baseline changes in run folders of its own, and evaluate it like the main run; results by name."""
-    if name == baselines.RANDOM_INIT:
+    if name in baselines.UNTRAINED:
         other = config.variant(experiment, name)
-        parameters = central.parameters_of(central.random_model(other, ready.tokenizer))
+        begin = central.random_model if name == baselines.RANDOM_INIT else central.initial_model
+        parameters = central.parameters_of(begin(other, ready.tokenizer))
         return {name: _evaluate(other, parameters, ready, folder / name, "the untrained model", was_trained=False)}
     if name in baselines.SPECIAL:
         other = config.variant(experiment, name)

@@ -74,7 +74,7 @@ def _trained_by(cells: Sequence[Cell]) -> Iterator[config.Experiment]:
     for cell in cells:
         yield cell.experiment
         for name in cell.experiment.baselines:
-            if name not in baselines.SPECIAL and name != baselines.RANDOM_INIT:
+            if name not in (*baselines.SPECIAL, *baselines.UNTRAINED):
                 yield from baselines.federated(cell.experiment, name).values()
 
 

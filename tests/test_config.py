@@ -681,6 +681,7 @@ def private(**privacy: object) -> dict[str, Any]:
         {"clip": 2.0},
         {"studies_per_patient": 1},
         {"trainable": "heads"},
+        {"trainable": "adapters", "adapter_rank": 8},
     ],
 )
 def test_fingerprint_covers_privacy_and_is_the_old_one_without(other: dict[str, object]) -> None:
@@ -691,6 +692,8 @@ def test_fingerprint_covers_privacy_and_is_the_old_one_without(other: dict[str, 
         plain.fingerprint() == config.build({key: value for key, value in private().items() if key != "privacy"}).fingerprint()
     )
     assert plain.fingerprint() != guarded.fingerprint()
+    narrow = config.build(private() | {"privacy": {"mode": "none", "trainable": "adapters"}})
+    assert narrow.fingerprint() != plain.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -709,6 +712,14 @@ def test_fingerprint_covers_privacy_and_is_the_old_one_without(other: dict[str, 
         ),
         ({"stages": [{"name": "all", "rounds": 1, "objectives": {"semantic": 1.0}}]}, "compare studies of different patients"),
         ({"federation": {"processes_per_site": 2}}, "processes_per_site to 1"),
+        ({"privacy": {"mode": "none", "trainable": "heads"}, "federation": {"processes_per_site": 2}}, "train the whole model"),
+        (
+            {
+                "privacy": {"mode": "none", "trainable": "adapters"},
+                "stages": [{"name": "all", "rounds": 1, "optimiser": {"second_moment": "aggregated"}}],
+            },
+            "second_moment to own",
+        ),
         ({"federation": {"checkpoint_activations": True}}, "checkpoint_activations to false"),
     ],
 )

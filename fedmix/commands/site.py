@@ -248,7 +248,13 @@ def _protected(privacy: config.Privacy) -> str:
     if privacy.mode == "none":
         return "updates are not noised: who sees them can learn of training data"
     budget = "no limit" if privacy.epsilon is None else f"epsilon {privacy.epsilon:g}"
-    return f"DP-SGD, patients as the unit: {budget} at delta {privacy.delta:g} over all plans"
+    kinds = {
+        "dp": "DP-SGD, patients as the unit",
+        "noisy_updates": "whole updates noised here, this site as the unit",
+        "central_noise": "sums noised at the coordinator, who sees this site's updates, this site as the unit",
+    }
+    over = "the run" if privacy.mode == "central_noise" else "all plans"
+    return f"{kinds[privacy.mode]}: {budget} at delta {privacy.delta:g} over {over}"
 
 
 def _summed(secure: config.SecureSum | None) -> str:

@@ -121,11 +121,18 @@ class WarmStart(Section):
     text: Path | None = Field(
         default=None, description="a BERT's folder with config.json, model.safetensors and tokenizer.json"
     )
+    model: Path | None = Field(
+        default=None, description="a fedmix model folder such as runs/demo/model, of these sizes and vocabulary; taken whole"
+    )
 
     @model_validator(mode="after")
     def _something_to_read(self) -> WarmStart:
-        if self.image is None and self.text is None:
-            raise ValueError("give warm_start an image file, a text folder, or both; null starts at random")
+        if self.model is None and self.image is None and self.text is None:
+            raise ValueError(
+                "give warm_start an image file, a text folder, or both, or else a model folder; null starts at random"
+            )
+        if self.model is not None and (self.image is not None or self.text is not None):
+            raise ValueError("warm_start.model replaces every parameter; give it alone, or image and text without it")
         return self
 
 
@@ -447,33 +454,48 @@ class Federation(Section):
 
 
 class Privacy(Section):
-    """Differential privacy of patients at their site (fedmix/privacy/); science and limits: fedmix/privacy/dpsgd.py."""
+    """Differential privacy (fedmix/privacy/): of patients (limits: dpsgd.py), or of whole sites (limits: updates.py)."""
 
-    mode: Literal["none", "dp"] = Field(default="none", description="dp is DP-SGD with patients as the unit")
+    mode: Literal["none", "dp", "noisy_updates", "central_noise"] = Field(
+        default="none",
+        description="dp is DP-SGD at the sites with patients as the unit. With a whole site as the unit, noisy_updates cuts "
+        "and noises an update before it leaves, and central_noise noises the mean of cut updates at a server that sites trust",
+    )
     epsilon: Positive | None = Field(
         default=None,
-        description="most that a site's ledger may reach, over all rounds and runs that it holds; a round that would pass it "
-        "is refused. Null sets no limit",
+        description="most that a site's ledger may reach, over all rounds and runs that it holds (of central_noise the run's "
+        "own); a round that would pass it is refused. Null sets no limit",
     )
     delta: OpenFraction = Field(default=1e-5, description="must be below 1 over a site's patients")
     noise_multiplier: Positive | None = Field(
         default=None, description="sigma, noise over clip; null takes the least with which all planned rounds fit into epsilon"
     )
-    clip: Positive = Field(default=1.0, description="longest gradient of one patient in one step")
+    clip: Positive = Field(
+        default=1.0,
+        description="longest gradient of one patient in one step; where sites are the unit, longest update of a group",
+    )
     studies_per_patient: Count = Field(
         default=4, description="at most so many of a patient's studies, drawn at random, make its gradient in one step"
     )
-    trainable: Literal["all", "heads"] = Field(
-        default="all", description="what is trained: everything, or decoder, word head and last norms on a trunk that stays"
+    trainable: Literal["all", "heads", "adapters"] = Field(
+        default="all",
+        description="what is trained, in every mode: everything; decoder, word head and last norms on a trunk that stays; or "
+        "low-rank adapters of the trunk alone (fedmix/model/adapters.py)",
     )
+    adapter_rank: Count = Field(default=4, description="rank of the adapters' change of each matrix, where these are trained")
 
     @model_validator(mode="after")
     def _noise_is_known(self) -> Privacy:
-        if self.mode == "dp" and self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("mode = dp needs a budget epsilon, a noise_multiplier, or both")
+        if self.mode != "none" and self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError(f"mode = {self.mode} needs a budget epsilon, a noise_multiplier, or both")
         if self.model_fields_set and "mode" not in self.model_fields_set:  # said outright, none may stand beside values
             raise ValueError("privacy is described without its mode, and nothing would be protected; set mode to dp")
         return self
+
+    @property
+    def is_counted_by_sites(self) -> bool:
+        """Whether each site keeps a ledger of what is spent and tells it with its update."""
+        return self.mode in ("dp", "noisy_updates")
 
 
 class SecureSum(Section):
@@ -499,6 +521,12 @@ class Evaluation(Section):
     mask_ratio: OpenFraction = 0.75
     num_bootstrap: int = Field(default=200, ge=20)
     regeneration_images: Count = 500
+    membership_patients: int = Field(
+        default=0,
+        ge=0,
+        description="patients on either side of the membership attack that a simulation makes on every model; 0 is none, 1000 "
+        "is a start. Only a simulation has the sites' patients; elsewhere `fedmix audit` at a site attacks",
+    )
     rerank_top: int = Field(
         default=0,
         ge=0,
@@ -558,7 +586,9 @@ class Experiment(Section):
     secure_sum: SecureSum | None = Field(default=None, description="null sends each site's update as it is")
     evaluation: Evaluation = Evaluation()
     baselines: dict[Name, dict[str, JsonValue]] = Field(
-        default={}, description="name -> overrides of this experiment; random_init evaluates the untrained model"
+        default={},
+        description="name -> overrides of this experiment; random_init evaluates the untrained model, public_init what "
+        "warm_start names",
     )
     study: Study | None = Field(default=None, description="repeats over seeds and regimes; null is one run")
 
@@ -571,6 +601,10 @@ class Experiment(Section):
             _check_stage(stage, self)
         if self.privacy.mode == "dp":
             _check_private(self)
+        if self.privacy.mode in ("noisy_updates", "central_noise"):
+            _check_whole_updates(self)
+        if self.privacy.trainable != "all":
+            _check_narrowed(self)
         if self.attack is not None:
             _check_attack(self.attack, self)
         if self.secure_sum is not None:
@@ -621,6 +655,8 @@ class Experiment(Section):
         values = self.model_dump(mode="json", exclude={"baselines": True, "evaluation": True, "name": True, "study": True})
         if self.privacy.mode == "none":  # as before there was a choice
             values.pop("privacy")
+            if self.privacy.trainable != "all":
+                values["privacy"] = self.privacy.model_dump(mode="json", include={"trainable", "adapter_rank"})
         if self.attack is None:
             values.pop("attack")
         if self.secure_sum is None:
@@ -696,6 +732,28 @@ def _check_stage(stage: Stage, experiment: Experiment) -> None:
         raise ValueError(f"stage {stage.name!r} has no paired site, and aggregation.rule = paired_only counts no other")
     if aggregation.rule == "modality_aware" and not any(getattr(aggregation.shared_mix, stream) for stream in streams):
         raise ValueError(f"stage {stage.name!r}: aggregation.shared_mix is 0 for all of its streams {sorted(streams)}")
+
+
+def _check_narrowed(experiment: Experiment) -> None:
+    """Raise ValueError where a part of the model cannot be trained for itself."""
+    if experiment.federation.processes_per_site > 1:
+        raise ValueError("processes that share a batch train the whole model; set federation.processes_per_site to 1")
+    if experiment.privacy.trainable == "adapters" and any(
+        stage.optimiser.second_moment == "aggregated" for stage in experiment.stages
+    ):
+        raise ValueError("adapters stay at their site, and so do their moments; set optimiser.second_moment to own")
+
+
+def _check_whole_updates(experiment: Experiment) -> None:
+    """Raise ValueError where something would leave, or sway the sum, that noise on whole updates does not cover."""
+    mode, aggregation = experiment.privacy.mode, experiment.aggregation
+    if any(stage.optimiser.second_moment == "aggregated" for stage in experiment.stages):
+        raise ValueError(f"privacy.mode = {mode} noises updates and not second moments; set optimiser.second_moment to own")
+    if mode == "central_noise" and (aggregation.combine != "mean" or aggregation.clip is not None):
+        raise ValueError(
+            "privacy.mode = central_noise knows how far one site can move a mean of updates that it cut itself; set "
+            "aggregation.combine to mean and aggregation.clip to null"
+        )
 
 
 def _check_attack(attack: Attack, experiment: Experiment) -> None:

@@ -23,12 +23,11 @@ from fedmix.errors import ConfigError
 from fedmix.federation.local import Assignment, Seen, Start, arithmetic, take_steps
 from fedmix.federation.microbatch import Within
 from fedmix.federation.optimisers import OptimiserState
-from fedmix.federation.update import Update, group_of
+from fedmix.federation.trainable import is_trained
+from fedmix.federation.update import Update
 from fedmix.model.layers import keep_activations
 from fedmix.objectives.mixture import Learner
 from fedmix.privacy.dpsgd import ClippedSum, learning_modules, noised, poisson_sample
-
-HEADS = frozenset({"image.decoder", "text.head", "image.norm", "text.norm", "shared.norm"})
 
 
 class Patients(Protocol):
@@ -78,7 +77,7 @@ def train(
     precision: str = "float32",
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Update, OptimiserState]:
-    """``local.train`` with a private gradient in every step.
+    """``local.train`` with a private gradient in every step; the model is ``narrowed`` to what is trained (trainable.py).
 
     The update tells no losses, which are the data's own, and counts the expected studies, not those that came: whoever
     reads it learns only what the noise covers.
@@ -174,11 +173,6 @@ def check(objectives: config.Objectives) -> None:
             f"{', '.join(config.COMPARING)} compare studies of different patients, and one_at_a_time shares a batch's pairs "
             "out, so no patient has a gradient of its own; under privacy.mode = dp set these to 0 and joint_masking to both"
         )
-
-
-def is_trained(parameter: str, *, trainable: str) -> bool:
-    """Whether a parameter is among those that the config lets a site train."""
-    return trainable == "all" or group_of(parameter) in HEADS
 
 
 def made_up_study(learner: Learner, stream: Stream) -> Batch:

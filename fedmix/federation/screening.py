@@ -157,7 +157,9 @@ def norms_of(update: Contribution, shapes: Shapes) -> Norms:
 # ---- how far steps can lead
 
 
-def reach(parameters: Mapping[str, Tensor], stages: Sequence[config.Stage], wire: config.Wire) -> Norms:
+def reach(
+    parameters: Mapping[str, Tensor], stages: Sequence[config.Stage], wire: config.Wire, *, noise_std: float = 0.0
+) -> Norms:
     """The longest change of each parameter group that a round of any of these stages can make.
 
     Give the stages so far: what coding lost in one may be sent in the next. The learning rates fall from their peak, so S
@@ -166,14 +168,17 @@ def reach(parameters: Mapping[str, Tensor], stages: Sequence[config.Stage], wire
     before it, so
 
         |theta_S - theta_0| <= S lr (step + weight_decay |theta_0|)    while lr weight_decay <= 1
+
+    ``noise_std``: of what a site adds to every number before it leaves; d of them are longer than sqrt(d) + 6 deviations with
+    a chance below 1e-8.
     """
     squares: dict[str, float] = {}
     for name, value in parameters.items():
         length = float(torch.linalg.vector_norm(value, dtype=torch.float64))
         shape = tuple(value.shape)
-        farthest = max(_way(name, shape, length, stage.local_steps, stage.optimiser) for stage in stages) * _stretch(
-            rows_of(shape)[1], wire
-        )
+        noise = noise_std * (math.sqrt(math.prod(shape)) + 6.0)
+        way = max(_way(name, shape, length, stage.local_steps, stage.optimiser) for stage in stages)
+        farthest = (way + noise) * _stretch(rows_of(shape)[1], wire)
         group = group_of(name)
         squares[group] = squares.get(group, 0.0) + farthest**2
     return {group: math.sqrt(square) for group, square in squares.items()}

@@ -18,6 +18,7 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, RunError
 from fedmix.model.encoder import MixedModel
+from fedmix.model.pretrained import MODEL, Entry, LoadReport
 from fedmix.model.resizing import check_size, resized
 
 SCHEMA = 1
@@ -77,6 +78,28 @@ def load_model(folder: Path, *, image_size: int | None = None) -> tuple[MixedMod
     model = _empty(sizes, tokenizer)
     model.load_state_dict(resized(parameters, model.num_patches))
     return model, sizes, tokenizer
+
+
+def continue_from(model: MixedModel, folder: Path, tokenizer: Tokenizer) -> LoadReport:
+    """Copy every parameter of a model folder, such as one of public data, into a model of the same sizes and vocabulary.
+
+    Raises ConfigError for a folder that is none, or is of other sizes or another vocabulary; then the model is as it was.
+    """
+    try:
+        other, _, theirs = load_model(folder)
+    except RunError as error:
+        raise ConfigError(f"{MODEL}: {error}".replace(str(folder), "the folder")) from None
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"{MODEL} reads another vocabulary than data.tokenizer names; take the same for both")
+    own, found = dict(model.named_parameters()), other.state_dict()
+    wrong = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+    if wrong or len(own) != len(found):
+        raise ConfigError(
+            f"{MODEL} is of other sizes than the model of this experiment ({len(wrong)} of {len(own)} parameters do not fit); "
+            "copy the section model, data.image_size and data.max_words from its config.json"
+        )
+    model.load_state_dict(found)
+    return LoadReport(tuple(Entry(name, "loaded", tuple(value.shape), None, 0) for name, value in own.items()), ())
 
 
 def _empty(sizes: Sizes, tokenizer: Tokenizer) -> MixedModel:

@@ -42,7 +42,7 @@ from fedmix.model.encoder import MixedModel
 from fedmix.model.layers import PAIR
 
 # Errors name the key and not the path behind it: a path may name a person.
-IMAGE, TEXT = "model.warm_start.image", "model.warm_start.text"
+IMAGE, TEXT, MODEL = "model.warm_start.image", "model.warm_start.text", "model.warm_start.model"
 TEXT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TEXT_KINDS = ("bert", "cxr-bert")  # RoBERTa's kind counts positions from 2 and cuts words in another way
 TEXT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -114,12 +114,14 @@ def warm_start(model: MixedModel, *, image: Path | None, text: Path | None, toke
     return _put(model, found, notes)
 
 
-def hashes(image: Path | None, text: Path | None) -> dict[str, str]:
+def hashes(image: Path | None, text: Path | None, model: Path | None = None) -> dict[str, str]:
     """SHA-256 of each file that a warm start reads, by role: a run says by content, not by path, what it began with."""
-    files = {} if image is None else {"image": _image_file(image)}
+    files = {} if image is None else {"image": (_image_file(image), IMAGE)}
     if text is not None:
-        files |= {f"text/{name}": _text_file(text, name) for name in TEXT_FILES}
-    return {role: _sha256(path, IMAGE if role == "image" else TEXT) for role, path in files.items()}
+        files |= {f"text/{name}": (_text_file(text, name), TEXT) for name in TEXT_FILES}
+    if model is not None:  # a fedmix model folder (folder.py) has the same three names
+        files |= {f"model/{name}": (model / name, MODEL) for name in TEXT_FILES}
+    return {role: _sha256(path, key) for role, (path, key) in files.items()}
 
 
 def _is_common(name: str) -> bool:

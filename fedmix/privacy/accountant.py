@@ -133,8 +133,9 @@ def noise_for(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: fl
 class Ledger:
     """The file of one site's spendings."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, whose: str = "this site's patients") -> None:
+        """``whose`` budget it is, for the message that refuses to pass it."""
+        self._path, self._whose = path, whose
 
     def entries(self) -> list[Entry]:
         """Every round that was begun, in order; raises RunError if a line is not one."""
@@ -160,7 +161,7 @@ class Ledger:
             if budget is not None and after.epsilon > budget:
                 spent = account_of(before, delta).epsilon
                 raise RunError(
-                    f"the privacy budget of this site's patients would be passed: epsilon {spent:.3g} of {budget:g} is spent "
+                    f"the privacy budget of {self._whose} would be passed: epsilon {spent:.3g} of {budget:g} is spent "
                     f"(delta {delta:g}), the next round would make it {after.epsilon:.3g}; end the run here, or agree on "
                     "another budget"
                 )

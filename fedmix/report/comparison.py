@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fedmix.report import charts, markdown, measures, quantities
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import MAIN, MEASURES, POOLED, Cost, Estimate, Study
+from fedmix.report.study import ATTACK, MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
@@ -131,32 +131,40 @@ def _has_any(study: Study, regime: str) -> bool:
 
 
 def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
-    found = {(method, name): study.estimate(regime, method, name) for method in methods for name in MEASURES}
-    best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in MEASURES.items()}
+    columns = _columns(study, regime)
+    found = {(method, name): study.estimate(regime, method, name) for method in methods for name in columns}
+    best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in columns.items()}
     most = max((one.num_seeds for one in found.values() if one), default=0)
     rows = [
         Row(
             method_name(method),
             ABOUT_METHOD.get(method, "one site for itself" if method.startswith("site_") else ""),
             "main" if method == MAIN else "baseline",
-            tuple(_mean_cell(measure, found[method, name], best[name], most) for name, measure in MEASURES.items()),
+            tuple(_mean_cell(measure, found[method, name], best[name], most) for name, measure in columns.items()),
         )
         for method in methods
     ]
-    return Grid(tuple(MEASURES.values()), tuple(rows), _notes(rows))
+    return Grid(tuple(columns.values()), tuple(rows), _notes(rows))
 
 
 def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
+    columns = _columns(study, regime)
     rows = [
         Row(
             method_name(method),
             "",
             "baseline",
-            tuple(_difference_cell(measure, study.difference(regime, method, name)) for name, measure in MEASURES.items()),
+            tuple(_difference_cell(measure, study.difference(regime, method, name)) for name, measure in columns.items()),
         )
         for method in methods
     ]
-    return Grid(tuple(MEASURES.values()), tuple(rows), _notes(rows))
+    return Grid(tuple(columns.values()), tuple(rows), _notes(rows))
+
+
+def _columns(study: Study, regime: str) -> dict[str, Measure]:
+    """The measures of a table; who never attacked its models has no column of that."""
+    attacked = any(study.estimate(regime, method, ATTACK) for method in study.methods)
+    return {name: measure for name, measure in MEASURES.items() if name != ATTACK or attacked}
 
 
 def _winners(study: Study, regime: str, methods: Sequence[str]) -> str:
@@ -220,7 +228,8 @@ def _core_seconds(value: float | None) -> str:
 
 
 def _gap(study: Study, regime: str, pooled: str) -> Gap:
-    found = [(measure.title, study.recovered_gap(regime, name, pooled)) for name, measure in MEASURES.items()]
+    utility = {name: measure for name, measure in MEASURES.items() if name != ATTACK}
+    found = [(measure.title, study.recovered_gap(regime, name, pooled)) for name, measure in utility.items()]
     defined = tuple((title, f"{100 * gap:.0f} %".replace("-", "\N{MINUS SIGN}")) for title, gap in found if gap is not None)
     return Gap(method_name(pooled), defined, tuple(title for title, gap in found if gap is None))
 

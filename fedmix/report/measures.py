@@ -190,6 +190,13 @@ def _bits(evaluation: Evaluation) -> Score:
     return _of_words(block, block.mask_ratio) if block else _absent(evaluation, "language")
 
 
+def _membership(evaluation: Evaluation) -> Score:
+    block = evaluation.membership
+    if block is None:
+        return _absent(evaluation, "membership")
+    return Score(block.auc, block.auc_ci95, "attack on patients", block.reason_for("auc"))
+
+
 MEASURES = (
     Measure("Zero-shot AUROC", "zero-\nshot\nAUROC", "higher", _zero_shot, quantities.decimal),
     Measure("Linear probe AUROC", "linear\nprobe\nAUROC", "higher", _linear_probe, quantities.decimal),
@@ -213,6 +220,7 @@ MEASURES = (
 FEW_LABEL_PROBE = Measure(
     "Probe AUROC, few labels", "probe\nfew\nlabels", "higher", _few_label_probe, quantities.decimal
 )  # of a study's tables
+MEMBERSHIP = Measure("Membership AUC", "mem-\nber\nAUC", "lower", _membership, quantities.decimal)  # where it was attacked
 ZERO_SHOT, LINEAR_PROBE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, PSNR, BITS = range(len(MEASURES))
 
 

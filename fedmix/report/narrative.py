@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from fedmix.privacy import PROMISES
 from fedmix.report import measures, quantities
 from fedmix.report.history import History
 from fedmix.report.measures import MEASURES, Measure
@@ -231,13 +232,11 @@ def _privacy_limits(report: Report) -> Iterator[str]:
     unit = f" for each {privacy.unit}" if privacy.unit else ""
     accountant = f", by the {privacy.accountant} accountant" if privacy.accountant else ""
     relation = f" ({privacy.relation})" if privacy.relation else ""
-    steps = f" after {privacy.steps:.0f} steps" if privacy.steps else ""
+    of = "steps" if privacy.unit != "site" else "rounds"
+    steps = f" after {privacy.steps:.0f} {of}" if privacy.steps else ""
     yield f"Privacy mode: {privacy.mode}, epsilon = {privacy.epsilon:.3g}{delta}{unit}{relation}{accountant}{steps}."
-    if privacy.sites:
-        yield (
-            "Epsilon is the largest site's, by the sites' own word and with the number of their patients taken as known; a "
-            "patient of several sites bears the sum of theirs. No site told its losses, and examples are those expected."
-        )
+    if privacy.mode in PROMISES:
+        yield PROMISES[privacy.mode].limits
 
 
 def _secure_limits(report: Report) -> Iterator[str]:

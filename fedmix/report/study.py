@@ -39,7 +39,9 @@ MEASURES: dict[str, Measure] = {  # names in study.json
     "text_to_image_r10": measures.MEASURES[measures.TEXT_TO_IMAGE],
     "psnr_db": measures.MEASURES[measures.PSNR],
     "bits_per_token": measures.MEASURES[measures.BITS],
+    "membership_auc": measures.MEMBERSHIP,
 }
+ATTACK = "membership_auc"  # what a model gives away; most studies attack none
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,8 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
     experiment = config.load(run / "config.yaml")
     stages = {stage.name: stage for stage in experiment.stages}
     streams = {site.name: site.stream for site in experiment.data.sites}
+    if experiment.privacy.mode == "dp" or experiment.privacy.trainable != "all":
+        step_costs = {}  # what was measured is a plain step of the whole model
     steps, bytes_up, examples, core_s = 0, 0, dict[str, int](), 0.0
     for row in _site_rows(run / "metrics.jsonl"):
         stage = stages[row["stage"]]

@@ -222,6 +222,15 @@ class Language(Words):
     baselines: dict[str, Words] = {}
 
 
+class Membership(Block):
+    """The attack on whole patients: AUC of telling those trained on from others; half is chance."""
+
+    auc: float | None = None
+    auc_ci95: Interval | None = None
+    num_members: int | None = None
+    num_non_members: int | None = None
+
+
 class Evaluation(Open):
     """What the central evaluation found; ``skipped`` maps the place of a part that is absent to the reason."""
 
@@ -229,6 +238,7 @@ class Evaluation(Open):
     retrieval: Retrieval | None = None
     regeneration: Regeneration | None = None
     language: Language | None = None
+    membership: Membership | None = None
     skipped: dict[str, str] = {}
 
 

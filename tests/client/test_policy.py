@@ -9,6 +9,7 @@ import pytest
 
 from client import policy
 from client.policy import Hours, Policy
+from fedmix import config
 from fedmix.errors import ConfigError, PolicyError
 
 
@@ -59,3 +60,15 @@ def test_patterns_name_groups_and_metrics() -> None:
         some.check_names({"deltas"}, {"text.embedding", "block0.text"}, ())
     with pytest.raises(PolicyError, match="1 of the reply's metrics"):
         some.check_names({"deltas"}, (), {"mvm/loss", "mlm/loss"})
+
+
+@pytest.mark.parametrize("mode", ["dp", "noisy_updates", "central_noise"])
+def test_a_mode_that_is_asked_for_is_that_of_the_plan(mode: str) -> None:
+    asking = Policy.model_validate({"privacy": {"mode": mode, "epsilon": 3.0}})
+    for offered in ("dp", "noisy_updates", "central_noise"):
+        plan = config.Privacy(mode=offered, epsilon=2.0)  # type: ignore[arg-type]
+        if offered == mode:
+            asking.check_privacy(plan)
+            continue
+        with pytest.raises(PolicyError, match="which the plan does not have"):
+            asking.check_privacy(plan)

@@ -15,6 +15,7 @@ from client.private import LEDGER
 from fedmix.data.shard import Shard
 from fedmix.errors import RunError
 from fedmix.privacy.accountant import Ledger, Steps, account_of
+from server import held_out as central
 from server.accounts import privacy_of
 
 
@@ -109,3 +110,12 @@ def test_a_site_that_says_nothing_of_its_privacy_is_refused(tmp_path: Path) -> N
     world = little.World(tmp_path, guarded(tmp_path, rounds=1, noise_multiplier=1.0))
     world.run(world.grid({"north": silent}))
     assert "does not fit privacy.mode" in world.dropped()["north"]
+
+
+def test_adapters_move_the_trunks_matrices_alone_and_pass_the_servers_screening(tmp_path: Path) -> None:
+    world = little.World(tmp_path, guarded(tmp_path, noise_multiplier=1.0, trainable="adapters", adapter_rank=2))
+    begun = central.parameters_of(central.initial_model(world.experiment, world.tokenizer))
+    ended = world.run().parameters
+    assert not world.dropped()
+    moved = {name for name, value in ended.items() if not bool((value == begun[name]).all())}
+    assert moved == {name for name, value in begun.items() if name.startswith("blocks.") and value.ndim == 2}

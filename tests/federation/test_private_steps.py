@@ -17,6 +17,9 @@ from fedmix.batch import Batch, Term
 from fedmix.errors import ConfigError
 from fedmix.federation import local, private
 from fedmix.federation.private import Protection
+from fedmix.federation.trainable import HEADS, narrowed
+from fedmix.federation.update import group_of
+from fedmix.model.adapters import learns
 from fedmix.objectives.mixture import Learner
 from fedmix.privacy import dpsgd
 from fedmix.privacy.dpsgd import ClippedSum, learning_modules
@@ -284,7 +287,7 @@ def test_heads_alone_are_trained_where_the_config_says_so() -> None:
         protection(noise=1.0, trainable="heads"),
         start=local.Start({}, {}),
     )
-    assert {private.group_of(name) for name in update.deltas} == private.HEADS - {"shared.norm"}
+    assert {group_of(name) for name in update.deltas} == HEADS - {"shared.norm"}
 
 
 @pytest.mark.parametrize("asked", [{"contrast": 1.0}, {"match": 0.1, "joint_share": 0.5}, {"joint_masking": "one_at_a_time"}])
@@ -292,3 +295,24 @@ def test_losses_that_compare_patients_are_refused(asked: dict[str, object]) -> N
     learner = tiny.learner(**({"mvm": 1.0} | asked))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="different patients"):
         steps_of(learner, People(["p", "p"]), protection())
+
+
+def test_clipped_gradients_of_adapters_equal_a_loop_over_patients() -> None:
+    learner = tiny.learner(mvm=1.0, mlm=0.3, joint_share=0.5)
+    learner.model.train()
+    batch = People(["ip", "t", "pp"]).batch
+    with narrowed(learner.model, config.Privacy(mode="none", trainable="adapters", adapter_rank=3), 1, "s"):
+        for name, parameter in learner.model.named_parameters():
+            if learns(name):  # from zero, what lies below would get no gradient through it
+                torch.nn.init.normal_(parameter, std=0.1, generator=tiny.generator(3))
+        each = loop(learner, batch, tiny.generator(5))
+        clip = sorted(length(one) for one in each)[1]
+        steps = ClippedSum(learning_modules(learner.model, learns), clip)
+        with private.no_gradients_of(learner.model), steps.watching():
+            norm_U = private.add(learner, steps, batch, tiny.generator(5))
+    assert all(learns(name) for name in steps.totals)
+    torch.testing.assert_close(norm_U.double(), torch.tensor([length(one) for one in each]).double(), rtol=1e-4, atol=1e-6)
+    expected = added(each, [min(1.0, clip / length(one)) for one in each])
+    assert steps.totals.keys() == expected.keys()
+    for name, total in steps.totals.items():
+        torch.testing.assert_close(total, expected[name], rtol=1e-3, atol=1e-5)

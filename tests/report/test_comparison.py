@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ from synthetic_study import write_study as written
 from fedmix.report import charts, comparison
 from fedmix.report.comparison import compared, signed
 from fedmix.report.html import write_study
-from fedmix.report.study import MEASURES, read_study
+from fedmix.report.study import ATTACK, MEASURES, read_study
 from fedmix.report.study_terminal import study_tables
 
 
@@ -41,6 +42,22 @@ def test_a_difference_has_its_sign_and_zero_has_none() -> None:
     assert signed(psnr, -0.168) == "\N{MINUS SIGN}0.17"
     assert signed(psnr, -0.0001) == "0.00"
     assert signed(recall, 0.0312) == "+3.1", "in percentage points"
+
+
+def test_a_study_that_attacked_its_models_has_a_column_of_it(folder: Path) -> None:
+    plain = compared(read_study(folder)).regimes[0]
+    path = folder / "plentiful/seed-1/report.json"
+    report = json.loads(path.read_text())
+    report["evaluation"]["membership"] = {"auc": 0.61, "auc_ci95": [0.58, 0.64]}
+    path.write_text(json.dumps(report))
+    attacked, other = compared(read_study(folder)).regimes
+    assert MEASURES[ATTACK] not in plain.means.measures
+    assert MEASURES[ATTACK] not in other.means.measures
+    assert attacked.means.measures[-1] == MEASURES[ATTACK]
+    cells = {row.name: row.cells[-1] for row in attacked.means.rows}
+    assert cells["fedmix"] is not None
+    assert cells["fedmix"].text == "0.610"
+    assert MEASURES[ATTACK].title not in str(attacked.gaps), "no utility, so no gap to recover"
 
 
 def test_tables_hold_means_differences_and_mark_what_is_clear(folder: Path) -> None:
@@ -183,7 +200,7 @@ def test_the_page_is_whole_self_contained_and_holds_every_method_and_regime(fold
     for name in ("fedmix", "paired only", "best site", "centralised", "plentiful", "scarce", "Student's t over seeds"):
         assert name in words
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
-    assert text.count("<figure>") == 2 * len(MEASURES)
+    assert text.count("<figure>") == 2 * (len(MEASURES) - 1), "nobody was attacked"
     assert "default-src 'none'" in text
 
 

@@ -15,8 +15,9 @@ from fedmix.errors import RunError
 from fedmix.report.comparison import compared
 from fedmix.report.forest import Column, forest
 from fedmix.report.html import write_comparison, write_study
-from fedmix.report.study import MEASURES, Study, read_study
+from fedmix.report.study import ATTACK, MEASURES, Study, read_study
 
+UTILITY = [name for name in MEASURES if name != ATTACK]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -54,7 +55,7 @@ def test_a_mark_lies_where_its_difference_is(study: Study) -> None:
 
 def test_only_a_clear_difference_gets_a_verdict(study: Study) -> None:
     for number, regime in enumerate(("plentiful", "scarce")):
-        for name in MEASURES:
+        for name in UTILITY:
             for method, mark in zip(
                 ("paired_only", "site_west", "best_site", "centralised"), column(study, number, name).marks, strict=True
             ):
@@ -85,7 +86,7 @@ def test_the_picture_is_xml_that_stands_alone(study: Study, tmp_path: Path) -> N
     assert root.tag == f"{SVG}svg"
     texts = {"".join(one.itertext()) for one in root.iter(f"{SVG}text")}
     assert {"paired only", "plentiful", "scarce"} <= texts
-    assert len(list(root.iter(f"{SVG}circle"))) == 2 * 4 * len(MEASURES)
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 * 4 * len(UTILITY)
     assert "href" not in path.read_text()
     for circle in root.iter(f"{SVG}circle"):
         assert math.isfinite(float(circle.attrib["cx"]))

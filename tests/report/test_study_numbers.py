@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from synthetic_study import LEVELS, plan, write_cell, write_study
 
 from fedmix import config
@@ -176,3 +177,22 @@ def test_a_run_is_no_study_and_a_folder_of_neither_is_said(folder: Path, run_dir
     (tmp_path / "odd/config.yaml").write_text("nonsense: [")
     with pytest.raises(RunError, match="holds no readable study"):
         read_study(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    "privacy", [{"mode": "dp", "noise_multiplier": 1.0}, {"mode": "none", "trainable": "adapters"}], ids=["noised", "adapters"]
+)
+def test_a_step_of_another_kind_than_was_measured_has_no_cost(privacy: dict[str, object], tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    known = read_study(folder).cost("plentiful", "paired_only")
+    place = folder / "plentiful/seed-1/baselines/paired_only/config.yaml"
+    values = yaml.safe_load(place.read_text())
+    for stage in values["stages"]:
+        stage.pop("objectives", None)
+    place.write_text(yaml.safe_dump(values | {"privacy": privacy}))
+    found = read_study(folder).cost("plentiful", "paired_only")
+    assert known is not None
+    assert found is not None
+    assert known.core_s is not None
+    assert found.core_s is None
+    assert found.steps == known.steps

@@ -99,3 +99,41 @@ def test_rounds_train_on_from_the_checkpoint_and_the_model_leaves_without_its_pa
     file.unlink()
     model, _, _ = load_model(tmp_path / "model")
     assert torch.equal(model.get_parameter(name), ended[name])
+
+
+def continued(folder: Path, **changes: Any) -> config.Experiment:
+    """An experiment that goes on from the model in ``folder``/public."""
+    wanted = values(folder) | changes
+    return config.build(wanted | {"model": wanted["model"] | {"warm_start": {"model": str(folder / "public")}}})
+
+
+def test_a_model_folder_is_taken_whole_and_known_by_its_hashes(tmp_path: Path) -> None:
+    other = config.build(values(tmp_path, seed=99))
+    parameters = central.parameters_of(central.random_model(other, Tokenizer.load()))
+    save_model(tmp_path / "public", other, parameters, Tokenizer.load())
+    model, report = central.warm_started(continued(tmp_path), Tokenizer.load())
+    assert all(torch.equal(value, parameters[name]) for name, value in model.named_parameters())
+    assert report is not None
+    assert {entry.state for entry in report.entries} == {"loaded"}
+    RunStore(tmp_path / "run", continued(tmp_path), resume=False)
+    hashes = json.loads((tmp_path / "run" / "manifest.json").read_text())["warm_start"]
+    assert hashes["model/model.safetensors"] == hashlib.sha256((tmp_path / "public/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_model_folder_of_other_sizes_or_none_is_refused_without_its_path(tmp_path: Path) -> None:
+    other = config.build(values(tmp_path))
+    parameters = central.parameters_of(central.random_model(other, Tokenizer.load()))
+    save_model(tmp_path / "public", other, parameters, Tokenizer.load())
+    wider = values(tmp_path)["model"] | {"depth": 2}
+    with pytest.raises(ConfigError, match="of other sizes than the model of this experiment"):
+        central.initial_model(continued(tmp_path, model=wider), Tokenizer.load())
+    (tmp_path / "public/config.json").unlink()
+    with pytest.raises(ConfigError, match="warm_start") as found:
+        central.initial_model(continued(tmp_path), Tokenizer.load())
+    assert str(tmp_path) not in str(found.value)
+
+
+def test_a_model_folder_stands_alone(tmp_path: Path) -> None:
+    wanted = values(tmp_path)
+    with pytest.raises(ConfigError, match="replaces every parameter"):
+        config.build(wanted | {"model": wanted["model"] | {"warm_start": {"model": "m", "image": "i"}}})
