@@ -14,8 +14,10 @@ from typing import Any
 
 import uvicorn
 from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
+from flwr.server.superlink.linkstate import linkstate_factory
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS
+from flwr.supercore.corestate import sql_corestate
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
 from flwr.superlink.main import create_app
@@ -23,10 +25,12 @@ from flwr.superlink.main import create_app
 from fedmix.deployment.environment import LOOPBACK
 from server.coordinator import listening
 from server.home import Home
+from server.replies import ReplyState
 
 FLEET = "/v1/fleet/"
-MAX_BODY_BYTES = 64 << 20  # Flower sends a model in objects of 5 MiB; the rest of a message is smaller still
+MAX_BODY_BYTES = 64 << 20  # a model is sent in objects of 1 MiB; the rest of a message is smaller still
 DATABASE_S = 20  # that a request waits for the database; under the 30 after which whoever asked asks again
+HEARTBEATS = 10  # of 30 s that a ServerApp may miss before its run is ended
 PATIENCE_S = 10  # that a request which is being answered has to end when the SuperLink stops
 
 Scope = MutableMapping[str, Any]
@@ -123,7 +127,11 @@ def flower_settings(home: Home) -> SuperLinkLifespanConfig:
 
 
 def be_patient() -> None:
-    """Have a request wait for a busy database: with several models arriving, five seconds, Flower's own, are too few."""
+    """Have a request wait for a busy database: with several models arriving, five seconds, Flower's own, are too few.
+
+    And have a run outlive a minute, Flower's own again, in which no word of its ServerApp could be written down.
+    """
+    vars(sql_corestate)["HEARTBEAT_PATIENCE"] = HEARTBEATS
     kept = [(name, value) for name, value in SQLITE_PRAGMAS if name != "busy_timeout"]
     vars(sql_mixin)["SQLITE_PRAGMAS"] = (("busy_timeout", str(DATABASE_S * 1000)), *kept)
 
@@ -131,6 +139,7 @@ def be_patient() -> None:
 def serve(home: Home) -> None:
     """Serve until SIGTERM."""
     be_patient()
+    vars(linkstate_factory)["SqlLinkState"] = ReplyState
     settings = home.settings()
     app = FleetOnly(create_app(flower_settings(home), SuperLinkLifespan), settings.control_port)
     sockets = [listening(settings.listen, settings.port), listening(LOOPBACK, settings.control_port)]
