@@ -16,6 +16,7 @@ from pathlib import Path
 
 from client import runner
 from client.home import Home
+from client.line import ON_THE_LINE
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.supervisor import Program, Supervisor
 from fedmix.errors import RunError
@@ -27,8 +28,11 @@ LISTEN_S = 1.0
 MEANINGS = {
     "SuperNode ID:": "connected to the coordinator",
     "Connection attempt failed": "the coordinator does not answer; trying again",
+    "Connection successful": "the coordinator answers again",
     "Received successfully": "a message arrived; working on it",
     "Sent successfully": "answered",
+    "Failed to receive message": "the message did not come through; this round goes on without this site",
+    "Failed to send message": "the answer did not get through in time; this round goes on without it",
     "Invalid SuperNode authentication": (
         "the coordinator does not take this site's signature: this machine's clock may be wrong, see `fedmix site doctor`"
     ),
@@ -68,13 +72,14 @@ def programs_of(home: Home) -> list[Program]:
     node_config.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()))
     environment = flower_environment(home.flower)
     own = ["--superexec-auth-secret-file", str(home.secret)]
-    supernode = ["flower-supernode", "--superlink", settings.coordinator, "--root-certificates", str(home.ca)]
+    python, *supernode = runner.program("flower-supernode")
+    supernode += ["--superlink", settings.coordinator, "--root-certificates", str(home.ca)]
     supernode += ["--auth-supernode-private-key", str(home.key), "--node-config", str(node_config)]
     supernode += ["--host", LOOPBACK, "--port", str(port), "--isolation", "process", *own]
-    python, *executor = runner.program("execute")
+    executor = runner.program("execute")[1:]
     executor += ["--insecure", "--runtime-api-address", f"{LOOPBACK}:{port}", *own]
     return [
-        Program(SUPERNODE, supernode, environment, home.logs / f"{SUPERNODE}.log"),
+        Program(SUPERNODE, [Path(python).name, *supernode], environment, home.logs / f"{SUPERNODE}.log"),
         Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log"),
     ]
 
@@ -82,6 +87,9 @@ def programs_of(home: Home) -> list[Program]:
 def meaning_of(text: str) -> str | None:
     """What the newest line that is known in a piece of a SuperNode's log means; none if none is known."""
     found = {text.rfind(said): meaning for said, meaning in MEANINGS.items() if said in text}
+    if ON_THE_LINE in text:
+        newest = text.rfind(ON_THE_LINE)
+        found[newest] = text[newest + len(ON_THE_LINE) :].partition("\n")[0]
     return found[max(found)] if found else None
 
 
