@@ -6,22 +6,27 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from server import certificates
+from server.arrivals import Arrival, arrivals
 from server.control import Node, connected, is_healthy
 from server.home import EVENTS, Home
 
 
 @dataclass(frozen=True)
 class SiteStanding:
-    """A registered site: online, offline, never seen, or pending until the SuperLink knows it. ``seen``: ISO 8601."""
+    """A registered site: online, offline, never seen, or pending until the SuperLink knows it. ``seen``: ISO 8601.
+
+    ``arrival``: how much of an answer has come, if one is on its way.
+    """
 
     name: str
     state: str
     seen: str
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,12 @@ def standing(home: Home) -> Standing:
     if healthy:
         with connected(home) as control:
             nodes = {node.site: node for node in control.nodes()}
+    coming = arrivals(home.database)
+    sites = (_site(name, nodes, healthy=healthy) for name in home.registered())
     return Standing(
         healthy,
         f"{certificates.expires(home.certificate):%Y-%m-%d}",
-        tuple(_site(name, nodes, healthy=healthy) for name in home.registered()),
+        tuple(replace(site, arrival=coming.get(site.name)) for site in sites),
         tuple(_run(folder) for folder in sorted(home.runs.iterdir()) if folder.is_dir()),
     )
 
