@@ -18,6 +18,7 @@ from typing import IO
 
 from client import runner
 from client.home import Home
+from client.line import ON_THE_LINE
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.supervisor import Program, Supervisor
 from fedmix.disk import reason_of
@@ -52,6 +53,9 @@ MEANINGS = {
     "SuperNode ID:": Meaning("connected to the coordinator"),
     "Received successfully": Meaning("a message arrived; working on it"),
     "Sent successfully": Meaning("answered"),
+    "Connection successful": Meaning("the coordinator answers again"),
+    "Failed to receive message": Meaning("the message did not come through; this round goes on without this site"),
+    "Failed to send message": Meaning("the answer did not get through in time; this round goes on without it"),
     "Connection attempt failed": Meaning(
         "the coordinator does not answer; trying again, and `fedmix site doctor` says how far a call gets"
     ),
@@ -114,22 +118,31 @@ def programs_of(home: Home) -> list[Program]:
     node_config.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()))
     environment = flower_environment(home.flower)
     own = ["--superexec-auth-secret-file", str(home.secret)]
-    supernode = ["flower-supernode", "--superlink", settings.coordinator, "--root-certificates", str(home.ca)]
+    python, *supernode = runner.program("flower-supernode")
+    supernode += ["--superlink", settings.coordinator, "--root-certificates", str(home.ca)]
     supernode += ["--auth-supernode-private-key", str(home.key), "--node-config", str(node_config)]
     supernode += ["--host", LOOPBACK, "--port", str(port), "--isolation", "process", *own]
-    python, *executor = runner.program("execute")
+    executor = runner.program("execute")[1:]
     executor += ["--insecure", "--runtime-api-address", f"{LOOPBACK}:{port}", *own]
     return [
-        Program(SUPERNODE, supernode, environment, home.logs / f"{SUPERNODE}.log"),
+        Program(SUPERNODE, [Path(python).name, *supernode], environment, home.logs / f"{SUPERNODE}.log"),
         # With a SuperNode goes what it was answering; nothing trains on for nobody while the same round is asked again.
         Program(EXECUTOR, [Path(python).name, *executor], environment, home.logs / f"{EXECUTOR}.log", works_for=SUPERNODE),
     ]
 
 
 def known_words(text: str) -> str | None:
-    """The last words in a text that have a meaning; none if none has."""
+    """The last words in a text that have a meaning, or tell of the line; none if none has."""
     found = {text.rfind(words): words for words in MEANINGS if words in text}
+    if ON_THE_LINE in text:
+        newest = text.rfind(ON_THE_LINE)
+        found[newest] = text[newest:].partition("\n")[0]
     return found[max(found)] if found else None
+
+
+def _meaning_of(words: str) -> Meaning:
+    """Of known words; those of the line speak for themselves."""
+    return MEANINGS.get(words) or Meaning(words.removeprefix(ON_THE_LINE))
 
 
 class _Telling:
@@ -147,7 +160,7 @@ class _Telling:
         self._file.truncate(0)
         self._file.write(words)
         self._file.flush()
-        self._say(f"{SUPERNODE}: {MEANINGS[words]}")
+        self._say(f"{SUPERNODE}: {_meaning_of(words)}")
 
 
 @contextlib.contextmanager
@@ -192,7 +205,8 @@ def standing(home: Home) -> Meaning | None:
     """How the running agent stands with the coordinator, as far as its SuperNode has said; none if no agent runs."""
     if not is_running(home):
         return None
-    return MEANINGS.get(_lock(home).read_text(), Meaning("runs, and has not heard of the coordinator yet"))
+    words = _lock(home).read_text()
+    return _meaning_of(words) if words else Meaning("runs, and has not heard of the coordinator yet")
 
 
 @contextlib.contextmanager

@@ -1,16 +1,17 @@
-"""The two programs between a SuperNode and the ClientApp, in the place of Flower's own.
+"""The SuperNode, and the two programs between it and the ClientApp, in the place of Flower's own.
 
 Flower unpacks the bundle that arrives, puts it first on ``sys.path`` and imports the app from there. Here nothing of it is
 unpacked: the executor starts no other kind of program than this site's ClientApp, and that is the installed one. A bundle that
 is not fedmix's own is refused all the same, for whoever sent it meant something else to run.
 
-Flower 1.41.0 has no setting for this, so two of its functions are replaced by name; ``pyproject.toml`` pins the version, and
+Flower 1.41.0 has no setting for this, so some of its functions are replaced by name; ``pyproject.toml`` pins the version, and
 a test sends a bundle with code in it.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
-from flwr.supernode.cli import flwr_clientapp
+from flwr.supernode.cli import flower_supernode, flwr_clientapp
 
 from fedmix.deployment import bundle
 
@@ -50,8 +51,22 @@ class InstalledExecutor(SubprocessExecutor):
 
 
 def program(name: str) -> list[str]:
-    """The command line of one of the two programs. The working folder is kept off the path (-P): it may hold anything."""
+    """The command line of one of the programs. The working folder is kept off the path (-P): it may hold anything."""
     return [sys.executable, "-P", "-m", "client.runner", name]
+
+
+def connect() -> None:
+    """Dial the coordinator: Flower's own SuperNode, made fit for the line."""
+    from client import line
+
+    _replace(
+        importlib.import_module("flwr.supernode.fleet_http_connection"), "make_simple_http_retry_invoker", line.lasting_invoker
+    )
+    work = importlib.import_module("flwr.supernode.start_client_internal")
+    _replace(work, "push_object_contents_from_iterable", line.push)
+    _replace(work, "pull_objects", line.pull)
+    flower_supernode()
+    os._exit(1)  # the connection was given up; Flower's threads would keep the process, and nobody would start it again
 
 
 def execute() -> None:
@@ -85,5 +100,5 @@ def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 if __name__ == "__main__":
-    chosen = {"execute": execute, "clientapp": answer}[sys.argv.pop(1)]
+    chosen = {"flower-supernode": connect, "execute": execute, "clientapp": answer}[sys.argv.pop(1)]
     chosen()

@@ -25,6 +25,7 @@ from fedmix.report.history import EVENTS
 from server import deploy
 from server import held_out as central
 from server.app import quick_evaluation
+from server.arrivals import Arriving, arrivals
 from server.conclusion import evaluate, write_report
 from server.control import FlowerRun, connected
 from server.coordinator import AWAY_S
@@ -105,6 +106,7 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
     """
     events, asked, answered, was_held, free_since = _Tail(folder / EVENTS), 0.0, time.monotonic(), False, 0.0
     is_away = False  # the SuperLink
+    arriving = Arriving(view.say)
     while True:
         for row in events.rows():
             view.update(row)
@@ -112,6 +114,7 @@ def _follow(home: Home, folder: Path, number: int, view: View) -> FlowerRun:
         was_held, free_since = was_held or holds, now if holds else free_since
         if now - asked > ASK_S:
             asked = now
+            arriving.update(arrivals(home.database))
             try:
                 with connected(home) as control:
                     found = next(one for one in control.runs() if one.run_id == number)

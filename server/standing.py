@@ -6,24 +6,29 @@ import contextlib
 import datetime
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedmix.disk import is_held
 from fedmix.report.history import EVENTS
 from server import certificates
+from server.arrivals import Arrival, arrivals
 from server.control import Node, connected, is_healthy
 from server.home import Home
 
 
 @dataclass(frozen=True)
 class SiteStanding:
-    """A registered site: online, offline, never seen, or pending until the SuperLink knows it. ``seen``: ISO 8601."""
+    """A registered site: online, offline, never seen, or pending until the SuperLink knows it. ``seen``: ISO 8601.
+
+    ``arrival``: how much of an answer has come, if one is on its way.
+    """
 
     name: str
     state: str
     seen: str
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,12 @@ def standing(home: Home) -> Standing:
     if healthy:
         with connected(home) as control:
             nodes = {node.site: node for node in control.nodes()}
+    coming = arrivals(home.database)
+    sites = (_site(name, nodes, healthy=healthy) for name in home.registered())
     return Standing(
         healthy,
         _ending(certificates.expires(home.certificate), datetime.datetime.now(datetime.UTC)),
-        tuple(_site(name, nodes, healthy=healthy) for name in home.registered()),
+        tuple(replace(site, arrival=coming.get(site.name)) for site in sites),
         tuple(_run(folder) for folder in sorted(home.runs.iterdir()) if folder.is_dir()),
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TRANSPORT_TYPE_GRPC_RERE
+from flwr.server.superlink.linkstate import linkstate_factory
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.supercore.corestate import sql_corestate
@@ -24,9 +25,10 @@ from flwr.superlink.main import create_app
 from fedmix.deployment.environment import LOOPBACK
 from server.coordinator import AWAY_S, bound
 from server.home import Home
+from server.replies import ReplyState
 
 FLEET = "/v1/fleet/"
-MAX_BODY_BYTES = 64 << 20  # Flower sends a model in objects of 5 MiB; the rest of a message is smaller still
+MAX_BODY_BYTES = 64 << 20  # a model is sent in objects of 1 MiB; the rest of a message is smaller still
 DATABASE_S = 20  # that a request waits for the database; under the 30 after which whoever asked asks again
 PATIENCE_S = 10  # that a request which is being answered has to end when the SuperLink stops
 
@@ -139,6 +141,7 @@ def be_patient() -> None:
 def serve(home: Home) -> None:
     """Serve until SIGTERM."""
     be_patient()
+    vars(linkstate_factory)["SqlLinkState"] = ReplyState
     settings = home.settings()
     app = FleetOnly(create_app(flower_settings(home), SuperLinkLifespan), settings.control_port)
     # Until it serves, calls are refused: Flower repeats those, but takes a TLS handshake that hangs for an error for good.

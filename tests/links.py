@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PIECE = 16 << 10  # bytes
+LATE_S = 1.0  # who comes back so late, because this machine was busy, has lost nothing of the line; who comes later was idle
 BUFFER = 64 << 10  # of a socket: what a sender believes gone while the line still has it
 
 
@@ -23,7 +24,8 @@ class _Rate:
         if self._bytes_per_s is None:
             return
         with self._lock:
-            begin = max(self._free_at, time.monotonic())
+            now = time.monotonic()
+            begin = self._free_at if now < self._free_at + LATE_S else now
             self._free_at = begin + num_bytes / self._bytes_per_s
             until = self._free_at
         time.sleep(max(0.0, until - time.monotonic()))
@@ -32,8 +34,9 @@ class _Rate:
 class Link:
     """Forwards every connection to ``target``, from a port of the loopback interface.
 
-    ``up`` and ``down``: bytes that have passed, towards the target and back. ``cuts``: how many bytes have gone up when the
-    line is cut; all connections end and new ones are refused for ``outage_s`` seconds.
+    ``up`` and ``down``: bytes that have passed, towards the target and back. ``bytes_per_s`` holds for each direction, or only
+    upwards if ``is_down_free``. ``cuts``: how many bytes have gone up when the line is cut; all connections end and new ones
+    are refused for ``outage_s`` seconds.
     """
 
     def __init__(
@@ -42,12 +45,13 @@ class Link:
         *,
         port: int = 0,
         bytes_per_s: float | None = None,
+        is_down_free: bool = False,
         cuts: Sequence[int] = (),
         outage_s: float = 5.0,
     ) -> None:
         self.up = self.down = self.num_cuts = 0
         self._target, self._cuts, self._outage_s = target, sorted(cuts), outage_s
-        self._rates = {"up": _Rate(bytes_per_s), "down": _Rate(bytes_per_s)}
+        self._rates = {"up": _Rate(bytes_per_s), "down": _Rate(None if is_down_free else bytes_per_s)}
         self._lock, self._dark_until, self._open = threading.Lock(), 0.0, set[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", port))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"

@@ -190,10 +190,10 @@ def stop(home: Place = HOME) -> None:
 
 def _tables(found: Standing) -> list[Table]:
     sites, runs = Table(title="sites", box=None), Table(title="runs", box=None)
-    for column in ("site", "state", "last came online"):
+    for column in ("site", "state", "last came online", "of its answer has come"):
         sites.add_column(column)
     for site in found.sites:
-        sites.add_row(Text(site.name), site.state, Text(site.seen))
+        sites.add_row(Text(site.name), site.state, Text(site.seen), str(site.arrival or ""))
     for column in ("run", "state", "rounds", "last error"):
         runs.add_column(column)
     for one in found.runs:

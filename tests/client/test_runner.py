@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_nothing_but_the_client_app_is_started() -> None:
     for kind in set(TaskType) - {TaskType.CLIENT_APP}:
         spec = ExecutionSpec(kind, "127.0.0.1:1", "token", True, None, False, 1, False, 1)
         assert executor.launch(spec).status is LaunchResultStatus.FAILED
+
+
+def test_a_supernode_that_has_given_up_its_connection_ends_so_that_it_is_started_again() -> None:
+    """Flower's returns from its work then, but leaves a thread behind that serves on."""
+    given_up = "threading.Thread(target=threading.Event().wait).start()"
+    script = f"import threading; from client import runner; runner.flower_supernode = lambda: {given_up}; runner.connect()"
+    assert subprocess.run([sys.executable, "-c", script], timeout=100, check=False).returncode == 1
 
 
 def test_a_flower_without_the_functions_is_noticed() -> None:
