@@ -48,6 +48,18 @@ def experiment(streams: Iterable[str], **wanted: Any) -> config.Experiment:
     return config.build(plain, source="the test")
 
 
+def plain_rounds(folder: Path, *, rounds: int = 1, **changes: Any) -> dict[str, Any]:
+    """One stage for all three sites; nothing that only the one paired site trains."""
+    stage = {"name": "all", "rounds": rounds, "local_steps": 1, "batch_size": 4}
+    stage["objectives"] = {"contrast": 0.0, "match": 0.0, "joint_share": 0.0}  # type: ignore[assignment]
+    return values(folder, stages=[stage], aggregation={"clip": None}, **changes)
+
+
+def summed_rounds(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The same with a secure sum."""
+    return plain_rounds(folder, secure_sum={"threshold": 2, "clip": 0.1}, **changes)
+
+
 def shapes_of(stream: str) -> dict[str, Size]:
     """What a site of a stream trains."""
     return {name: shape for name, shape in SHAPES.items() if stream in REACHED_BY[tower_of(group_of(name))]}
