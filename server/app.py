@@ -21,7 +21,8 @@ from fedmix.evaluation import suite
 from fedmix.evaluation.features import HeldOut
 from server import held_out as central
 from server.books import Books
-from server.rounds import RoundLoop, Watch
+from server.gathering import Watch
+from server.rounds import RoundLoop
 from server.store import Parameters, RunStore, row_of
 
 Evaluate = Callable[[int, str, Parameters], None]

@@ -22,9 +22,9 @@ from fedmix.report.history import EVENTS
 from server import held_out as central
 from server.app import build_app
 from server.books import Books
+from server.gathering import Watch
 from server.home import LEDGER, PLAN, RUNS
 from server.link import LinkGrid
-from server.rounds import Watch
 from server.store import RunStore
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # it comes over the Control API, so it never leads out of RUNS

@@ -18,7 +18,7 @@ from little import SITES, Change, DirectGrid, World, everyone, failing, values
 from client import messages as site_messages
 from fedmix.errors import RunError
 from fedmix.federation.update import REACHED_BY, digest, group_of, tower_of
-from server import roster, rounds
+from server import gathering, messages, roster
 from server.store import RunStore
 
 
@@ -325,7 +325,7 @@ def test_the_deadline_travels_with_the_order_and_grows_with_what_a_slow_link_mus
 
     world.run(Noting(world.places, {}))
     num_bytes = [
-        2 * sum(4 * value.numel() for value in rounds.for_stream(world.initial(), site.stream).values())
+        2 * sum(4 * value.numel() for value in gathering.for_stream(world.initial(), site.stream).values())
         for site in world.experiment.data.sites
     ]
     assert ttls == pytest.approx([20.0 + 8 * size / 2e6 for size in num_bytes], abs=0.05)  # arrays have headers
@@ -372,9 +372,9 @@ def test_the_pair_tower_goes_to_sites_with_pairs_only(tmp_path: Path) -> None:
     initial = World(tmp_path).initial()
     pair = {name for name in initial if tower_of(group_of(name)) == "pair"}
     assert pair
-    assert not pair & set(rounds.for_stream(initial, "image"))
-    assert not pair & set(rounds.for_stream(initial, "text"))
-    assert set(rounds.for_stream(initial, "paired")) == set(initial)
+    assert not pair & set(gathering.for_stream(initial, "image"))
+    assert not pair & set(gathering.for_stream(initial, "text"))
+    assert set(gathering.for_stream(initial, "paired")) == set(initial)
 
 
 def test_a_site_whose_clock_is_a_year_off_does_not_change_the_run_s_times(world: World, tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_an_odd_greeting_is_refused_with_a_reason(greeting: RecordDict, why: str
 def reason(code: int, text: str) -> str:
     DirectGrid([], {})
     order = Message(RecordDict(), 2, "train")
-    return rounds.messages.reason(Message(Error(code=code, reason=text), reply_to=order))
+    return messages.reason(Message(Error(code=code, reason=text), reply_to=order))
 
 
 def test_flowers_own_errors_are_told_by_number_because_their_text_quotes_paths() -> None:

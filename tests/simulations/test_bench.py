@@ -14,7 +14,7 @@ from fedmix.data import dicom
 from fedmix.errors import ConfigError, RunError
 from fedmix.federation.update import num_bytes
 from server import held_out as central
-from server.rounds import for_stream
+from server.gathering import for_stream
 from simulations.bench import Line, federation, nvflare, prepare, trivial
 from simulations.bench.cases import BENCHES
 
