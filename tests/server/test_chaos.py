@@ -18,6 +18,7 @@ from federations import START_S, Federation, Program, federation, processes_with
 from links import link
 from little import SITES, World, everyone, waited_until
 
+from fedmix.deployment.environment import OBJECT_BYTES
 from fedmix.federation.update import digest
 from server.store import RunStore
 from simulations.superlink import free_ports
@@ -57,8 +58,8 @@ def test_a_slow_line_that_breaks_three_times_carries_a_round_and_the_ledgers_tel
         assert trained(made.hub / "runs/little", world) == expected
         written = sum(entry.get("bytes", 0) for name in SITES for entry in made.entries(name))
         assert written <= carried
-        # What a cut lost was sent again, at most two objects of 5 MiB in flight a time.
-        assert carried <= 1.01 * written + 3 * 2 * (5 << 20)
+        # What a cut lost was sent again, at most two objects in flight a time.
+        assert carried <= 1.01 * written + 3 * 2 * OBJECT_BYTES
 
 
 @pytest.mark.slow
