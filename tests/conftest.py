@@ -2,9 +2,15 @@ import signal
 
 import pytest
 import torch
+from hypothesis import settings
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A busy machine makes an example slow now and then; pytest-timeout ends those that hang.
+settings.register_profile("fedmix", deadline=None)
+settings.load_profile("fedmix")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

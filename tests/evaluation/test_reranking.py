@@ -39,7 +39,9 @@ class Shortsighted(OracleEncoder):
         return self.scale * torch.nn.functional.normalize(self.code_of_text(words_BL)[:, :4], dim=-1)
 
 
-def evaluated(encoder: OracleEncoder, top: int, *, trained_on: tuple[str, ...] | None = ("match",), **changes: Any) -> Any:
+def evaluated(
+    encoder: OracleEncoder, top: int, *, trained_on: tuple[str, ...] | None = ("contrast", "match"), **changes: Any
+) -> Any:
     settings = EvaluationSettings(num_bootstrap=20, num_few_train=40, rerank_top=top, trained_on=trained_on, batch_size=16)
     return suite.evaluate(encoder, held_out(**changes), tokenizer=ToyVocabulary(), settings=settings).as_report()
 

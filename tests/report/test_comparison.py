@@ -83,10 +83,10 @@ def test_who_has_the_best_mean_is_said_with_what_seeds_tell_apart(folder: Path, 
     """Pooled training leads in both regimes; where the main method leads nothing is to be told apart."""
     for regime in compared(read_study(folder)).regimes:
         assert regime.winners.startswith("Best means. Zero-shot AUROC: centralised (")
-        assert regime.winners.count("clear of fedmix") == len(MEASURES)
+        assert regime.winners.count("clear of fedmix") == len(MEASURES.keys() - {"membership_auc"})  # attacked in no run here
     alone = [{"fedmix": 0.6, "paired_only": 0.3}, {"fedmix": 0.62, "paired_only": 0.28}]
     [regime] = compared(read_study(written(tmp_path / "alone", {"scarce": alone}))).regimes
-    assert regime.winners.count(": fedmix (") == len(MEASURES)
+    assert regime.winners.count(": fedmix (") == len(MEASURES.keys() - {"membership_auc"})
     assert "clear of" not in regime.winners
 
 

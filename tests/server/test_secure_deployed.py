@@ -40,7 +40,7 @@ def test_a_superlink_of_this_machine_gives_the_sum_of_one_process(tmp_path: Path
     assert [row["values"]["secure_sum/sites/shared"] for row in rows if row["event"] == "round"] == [3.0]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_hospitals_with_registered_keys_sum_in_secret(tmp_path: Path) -> None:
     world = World(tmp_path / "here", wanted(tmp_path))
