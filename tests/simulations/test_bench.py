@@ -129,7 +129,7 @@ def test_bytes_up_are_those_of_the_groups_that_each_stream_trains(tmp_path: Path
     assert line["ratio"] > 1
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_engines_are_measured_side_by_side_on_runs_that_end_well() -> None:
     line = checked(federation.vs_ray(TINY), "vs_ray")
     assert isinstance(line["ratio"], float)
