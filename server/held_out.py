@@ -21,7 +21,7 @@ from fedmix.evaluation.features import HeldOut
 from fedmix.federation.local import seed_of
 from fedmix.model import pretrained
 from fedmix.model.encoder import MixedModel
-from fedmix.model.folder import continue_from
+from fedmix.model.folder import continue_from, trained_on
 from fedmix.model.pretrained import LoadReport
 from server.store import Parameters
 
@@ -172,8 +172,20 @@ def settings_of(experiment: config.Experiment) -> suite.EvaluationSettings:
         max_images_regeneration=wanted.regeneration_images,
         seed=experiment.seed,
         rerank_top=wanted.rerank_top,
-        trained_on=experiment.trained_on,
+        trained_on=learnt(experiment),
     )
+
+
+def learnt(experiment: config.Experiment) -> tuple[str, ...] | None:
+    """The objectives that the experiment's model has learnt in the end, those of a model that it goes on from too.
+
+    None where that model's folder does not say.
+    """
+    files = experiment.model.warm_start
+    if files is None or files.model is None:
+        return experiment.trained_on
+    before = trained_on(files.model)
+    return None if before is None else tuple(dict.fromkeys((*before, *experiment.trained_on)))
 
 
 def write_examples(folder: Path, examples: Mapping[str, Any], held_out: HeldOut, tokenizer: Tokenizer, source: str) -> None:

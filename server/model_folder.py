@@ -12,6 +12,7 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import RunError
 from fedmix.model.folder import Sizes
+from server.held_out import learnt
 from server.store import Parameters
 
 
@@ -27,7 +28,7 @@ def save_model(folder: Path, experiment: config.Experiment, parameters: Paramete
         image_size=experiment.data.image_size,
         max_words=experiment.data.max_words,
         model=model,
-        trained_on=experiment.trained_on,
+        trained_on=learnt(experiment),
     )
     (folder / "config.json").write_text(sizes.as_json())
     (folder / "tokenizer.json").write_bytes(definition)

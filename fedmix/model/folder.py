@@ -102,6 +102,14 @@ def continue_from(model: MixedModel, folder: Path, tokenizer: Tokenizer) -> Load
     return LoadReport(tuple(Entry(name, "loaded", tuple(value.shape), None, 0) for name, value in own.items()), ())
 
 
+def trained_on(folder: Path) -> tuple[str, ...] | None:
+    """The objectives that a folder's model has learnt, None where it does not say. Raises ConfigError for no such folder."""
+    try:
+        return _read_sizes(folder).trained_on
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{MODEL}: its config.json cannot be read ({type(error).__name__})") from None
+
+
 def _empty(sizes: Sizes, tokenizer: Tokenizer) -> MixedModel:
     """A model of these sizes that waits for its weights."""
     with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers

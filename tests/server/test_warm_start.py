@@ -120,6 +120,20 @@ def test_a_model_folder_is_taken_whole_and_known_by_its_hashes(tmp_path: Path) -
     assert hashes["model/model.safetensors"] == hashlib.sha256((tmp_path / "public/model.safetensors").read_bytes()).hexdigest()
 
 
+def test_what_a_model_had_learnt_before_it_went_on_still_counts_as_learnt(tmp_path: Path) -> None:
+    """Else a run without contrast would have no zero-shot number after a start that can answer."""
+    other = config.build(values(tmp_path))
+    save_model(
+        tmp_path / "public", other, central.parameters_of(central.random_model(other, Tokenizer.load())), Tokenizer.load()
+    )
+    masked = continued(tmp_path, stages=values(tmp_path)["stages"][:1])
+    assert masked.trained_on == ("mvm", "mlm")
+    assert set(central.settings_of(masked).trained_on or ()) == {"mvm", "mlm", "contrast"}
+    said = tmp_path / "public/config.json"
+    said.write_text(json.dumps({name: value for name, value in json.loads(said.read_text()).items() if name != "trained_on"}))
+    assert central.settings_of(masked).trained_on is None
+
+
 def test_a_model_folder_of_other_sizes_or_none_is_refused_without_its_path(tmp_path: Path) -> None:
     other = config.build(values(tmp_path))
     parameters = central.parameters_of(central.random_model(other, Tokenizer.load()))
