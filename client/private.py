@@ -6,54 +6,34 @@ the update (fedmix/federation/private.py) and in ``facts``, which follow from th
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from client.spending import Spent, Turn
 from fedmix import config
 from fedmix.data.loading import PatientSampler
 from fedmix.data.shard import Shard
 from fedmix.errors import DataError
 from fedmix.federation.private import Protection
-from fedmix.privacy.accountant import Account, Entry, Ledger, noise_for
+from fedmix.privacy.accountant import Ledger, noise_for
 from fedmix.privacy.dpsgd import secret_chance
 
 LEDGER = "privacy.jsonl"  # in a site's state folder
 
 
 @dataclass(frozen=True)
-class Spent:
-    """A round that may begin: its patients, how they are protected, and what the ledger holds with it."""
+class SpentSteps(Spent):
+    """A round whose steps are noised: its patients, and how they are protected."""
 
     patients: PatientSampler
     protection: Protection
-    account: Account
-
-    def facts(self) -> dict[str, float]:
-        """What the server is told."""
-        return {
-            "epsilon": self.account.epsilon,
-            "epsilon_rdp": self.account.epsilon_rdp,
-            "steps": float(self.account.steps),
-            "noise_multiplier": self.protection.noise_multiplier,
-            "sample_rate": self.patients.rate,
-        }
 
 
-def spend(
-    experiment: config.Experiment,
-    site: config.Site,
-    stage: config.Stage,
-    *,
-    shard: Path,
-    state: Path,
-    run: str,
-    round_number: int,
-) -> Spent:
-    """Write a round of a stage down in the ledger. Raises RunError where the budget, or the disk, does not allow it."""
-    settings = experiment.privacy
-    people = {one.name: _patients(shard, site.stream, one, settings) for one in experiment.stages}
+def spend(turn: Turn) -> SpentSteps:
+    """Write a round down in the ledger. Raises RunError where the budget, or the disk, does not allow it."""
+    experiment, stage, settings = turn.experiment, turn.stage, turn.experiment.privacy
+    people = {one.name: _patients(turn.shard, turn.site.stream, one, settings) for one in experiment.stages}
     patients = people[stage.name]
     if settings.delta >= 1.0 / patients.num_patients:
         raise DataError(
@@ -63,22 +43,13 @@ def spend(
     noise = settings.noise_multiplier
     if noise is None:
         assert settings.epsilon is not None  # the config has seen to it
-        stages = [one for one in experiment.stages if site in config.sites_of(one, experiment.data.sites)]
+        stages = [one for one in experiment.stages if turn.site in config.sites_of(one, experiment.data.sites)]
         planned = tuple((people[one.name].rate, one.rounds * one.local_steps) for one in stages)
         noise = _noise(planned, settings.epsilon, settings.delta)
-    entry = Entry(
-        at=time.time(),
-        run=run,
-        round=round_number,
-        stage=stage.name,
-        population=Shard.open(shard, verify=False).manifest.key_mark,
-        noise_multiplier=noise,
-        sample_rate=patients.rate,
-        steps=stage.local_steps,
-    )
-    account = Ledger(state / LEDGER).spend(entry, delta=settings.delta, budget=settings.epsilon)
+    ledger = Ledger(turn.state / LEDGER)
+    account = turn.spend(ledger, noise_multiplier=noise, sample_rate=patients.rate, steps=stage.local_steps)
     protection = Protection(settings, noise, secret_chance(), experiment.federation.micro_batch)
-    return Spent(patients, protection, account)
+    return SpentSteps(account, noise, patients.rate, patients, protection)
 
 
 # Processes that serve several rounds open and look for things once.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from client import ranks
-from client.app import Place, materials
+from client.place import Place, materials
 from fedmix.errors import FedmixError
 from fedmix.federation import local
 from fedmix.federation.microbatch import parts_of

@@ -35,7 +35,8 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from client.app import Place, build_app  # noqa: E402
+from client.app import build_app  # noqa: E402
+from client.place import Place  # noqa: E402
 from server.link import exchange  # noqa: E402
 from simulations.pipe import receive, send  # noqa: E402
 

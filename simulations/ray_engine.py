@@ -12,7 +12,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from client.app import Place, build_app
+from client.app import build_app
+from client.place import Place
 from fedmix.errors import RunError
 from simulations.engine import Locate, as_node_config, place_of
 

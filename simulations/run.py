@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from client.app import Place
+from client.place import Place
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.app import Place
+from client.place import Place
 from fedmix.deployment import bundle as bundles
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.processes import Group

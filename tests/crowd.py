@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
-from little import values, wired
+from little import AtOnce, values, wired
 from numpy.typing import NDArray
 from torch import Size
 
@@ -65,7 +63,7 @@ def shapes_of(stream: str) -> dict[str, Size]:
     return {name: shape for name, shape in SHAPES.items() if stream in REACHED_BY[tower_of(group_of(name))]}
 
 
-class Crowd(Grid):
+class Crowd(AtOnce):
     """A Grid of sites that answer the phases of a secure sum.
 
     ``silent``: by phase the sites that do not answer. ``on_way``: by phase what becomes of a message to a site; ``back``: of a
@@ -73,7 +71,7 @@ class Crowd(Grid):
     """
 
     def __init__(self, folder: Path, wanted: config.Experiment, *, registered: bool = False) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+        super().__init__()
         self.folder, self.experiment, self.run_id = folder, wanted, "crowd"
         self.sites = list(wanted.data.sites)
         self.studies = {site.name: 5 + 3 * number for number, site in enumerate(self.sites)}
@@ -90,7 +88,6 @@ class Crowd(Grid):
         self.keys: Mapping[str, str] | None = {} if registered else None
         self.said: list[tuple[str, str, Message]] = []  # phase, site, what it answered
         self.asked: list[Message] = []
-        self._replies: dict[str, Message] = {}
         self.roster = Roster(self, wanted)
         self.roster.nodes = {site.name: number for number, site in enumerate(self.sites, start=2)}
         self.roster.studies = dict(self.studies)
@@ -204,24 +201,8 @@ class Crowd(Grid):
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
             ids.append(message.metadata.message_id)
             if name not in self.silent.get(message.metadata.message_type.removeprefix("query."), ()):
-                self._replies[ids[-1]] = self.answer(message)
+                self.replies[ids[-1]] = self.answer(message)
         return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(one) for one in list(message_ids) if one in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return list(self.pull_messages(self.push_messages(messages)))
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.roster.nodes.values())
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **options: Any) -> Message:
-        raise NotImplementedError

@@ -26,7 +26,9 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import PHASES, Place, build_app
+from client.app import build_app
+from client.place import Place
+from client.secure_jobs import PHASES
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from server import held_out as central
@@ -151,30 +153,12 @@ class World:
         return [(row["round"], row["site"]) for row in self.seen if row["event"] == "site"]
 
 
-class DirectGrid(Grid):
-    """Calls each node's ClientApp when its message is pushed, and gives the reply when it is asked for."""
+class AtOnce(Grid):
+    """A Grid that has every reply when its message is pushed (``push_messages``, of who inherits it), in ``replies``."""
 
-    def __init__(self, places: Iterable[Place], changes: Mapping[str, Change]) -> None:
+    def __init__(self) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
-        self.apps = {
-            number: hostile(build_app(lambda context, place=place: place), changes.get(place.site, lambda reply: reply))
-            for number, place in enumerate(places, start=2)
-        }
         self.replies: dict[str, Message] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.apps)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            received = wired(message)
-            app = self.apps[message.metadata.dst_node_id]
-            context = Context(run_id=7, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
-            ids.append(message.metadata.message_id)
-            self.replies[ids[-1]] = wired(app(received, context))
-        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self.replies.pop(wanted) for wanted in list(message_ids) if wanted in self.replies]
@@ -191,6 +175,31 @@ class DirectGrid(Grid):
 
     def create_message(self, *args: Any, **options: Any) -> Message:
         raise NotImplementedError
+
+
+class DirectGrid(AtOnce):
+    """Calls each node's ClientApp when its message is pushed, and gives the reply when it is asked for."""
+
+    def __init__(self, places: Iterable[Place], changes: Mapping[str, Change]) -> None:
+        super().__init__()
+        self.apps = {
+            number: hostile(build_app(lambda context, place=place: place), changes.get(place.site, lambda reply: reply))
+            for number, place in enumerate(places, start=2)
+        }
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.apps)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            received = wired(message)
+            app = self.apps[message.metadata.dst_node_id]
+            context = Context(run_id=7, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
+            ids.append(message.metadata.message_id)
+            self.replies[ids[-1]] = wired(app(received, context))
+        return ids
 
 
 def hostile(honest: ClientApp, change: Change) -> ClientApp:

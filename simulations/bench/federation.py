@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from client.app import Place
+from client.place import Place
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import RunError

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from client import messages
-from client.app import Place
+from client.place import Place
 from fedmix import config
 from fedmix.errors import RunError
 from fedmix.federation import compression

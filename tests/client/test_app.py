@@ -17,8 +17,10 @@ from little import World, values, wired
 from torch import Tensor
 
 from client import app as client_app
-from client.app import Place, build_app, from_node_config
+from client import place as places
+from client.app import build_app, from_node_config
 from client.messages import NEEDS_ALL, REFUSED
+from client.place import Place
 from client.state import Memory, SiteState
 from fedmix.config import Wire
 from fedmix.data.shard import Shard
@@ -358,8 +360,8 @@ def test_a_repeated_round_gives_the_same_bits_and_leaves_the_same_state(tmp_path
         if number == 2:
             second_round = first
     kept = {path.name: path.read_bytes() for path in place.state.rglob("*.safetensors")}
-    client_app._learner.cache_clear()
-    client_app._sampler.cache_clear()
+    places.learner_of.cache_clear()
+    places.sampler_at.cache_clear()
     assert sent_by(ask(place, order(world, "image", round=2, nonce="f" * 32))) == second_round
     assert sent_by(ask(place, order(world, "image", round=3, nonce="f" * 32))) == first
     assert {path.name: path.read_bytes() for path in place.state.rglob("*.safetensors")} == kept
@@ -537,7 +539,7 @@ def test_training_reads_the_shard_s_sizes_and_greeting_its_every_byte(world: Wor
         return honest(path, verify=verify)
 
     monkeypatch.setattr(Shard, "open", noting)
-    client_app._sampler.cache_clear()
+    places.sampler_at.cache_clear()
     ask(world.places[0], server_messages.query(2))
     ask(world.places[0], order(world, "image"))
     ask(world.places[0], order(world, "image"))

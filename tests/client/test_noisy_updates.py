@@ -79,7 +79,7 @@ def test_a_round_that_never_left_is_spent_all_the_same_and_a_committed_one_once(
 
 
 def test_an_update_is_covered_by_noise_that_no_seed_repeats() -> None:
-    spent = SpentUpdate(config.Privacy(mode="noisy_updates", noise_multiplier=1.0), 1.0, Account(1.0, 1.0, 1e-5, 1))
+    spent = SpentUpdate(Account(1.0, 1.0, 1e-5, 1), 1.0, 1.0, config.Privacy(mode="noisy_updates", noise_multiplier=1.0))
     update = Update("x", {"word_head.logits.bias": torch.zeros(50)}, {"text": 4}, 2, {"mlm/loss": (3.0, 4.0)})
     one, other = spent.cover(update), spent.cover(update)
     assert not torch.equal(one.deltas["word_head.logits.bias"], other.deltas["word_head.logits.bias"])

@@ -14,7 +14,7 @@ import torch
 from little import World, is_running, values, waited_until
 
 from client import ranks
-from client.app import Place, materials
+from client.place import Place, materials
 from fedmix.errors import FedmixError, RunError
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from little import ROOT, SITES, World, command, everyone, fedmix, waited_until, write_config
 
-from client.app import Place
+from client.place import Place
 from fedmix.deployment import ledger
 from fedmix.deployment.environment import flower_environment
 from fedmix.deployment.processes import Group

@@ -26,7 +26,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from little import ROOT, DirectGrid, World, everyone, is_running, waited_until
 
-from client.app import Place
+from client.place import Place
 from fedmix.deployment.environment import FLOWER_ENVIRONMENT
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
