@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmix import config
-from fedmix.config.sections import SIZES
+from fedmix.config.model import SIZES
 from fedmix.errors import ConfigError
 
 MINIMAL = """

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fedmix.config.sections import SIZES, Experiment
+from fedmix.config.experiment import Experiment
+from fedmix.config.model import SIZES
 from fedmix.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config is pages, not megabytes: refuse before parsing
