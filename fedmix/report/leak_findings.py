@@ -60,13 +60,18 @@ def membership(kind: str, block: Values) -> Finding:
 
 def attack_meaning(block: Values) -> list[str]:
     """What telling members from others means; the first sentence stands alone."""
+    return _meaning(
+        block,
+        "A model that saw none of them tells the groups apart too (AUC {apart}): they differ by themselves, and what is found "
+        "is not all memory.",
+    )
+
+
+def _meaning(block: Values, not_memory: str) -> list[str]:
+    """Against guessing, and ``not_memory`` where the control (AUC ``apart``) tells the groups apart as well."""
     sentences = [_against_guessing(block)]
     if block["auc"] is not None and is_no_memory(block):
-        apart = quantities.decimal(block["control"]["auc"], 2)
-        sentences.append(
-            f"A model that saw none of them tells the groups apart too (AUC {apart}): they differ by themselves, and what is "
-            "found is not all memory."
-        )
+        sentences.append(not_memory.format(apart=quantities.decimal(block["control"]["auc"], 2)))
     return sentences
 
 
@@ -202,14 +207,11 @@ def update(blocks: Values) -> Finding:
 
 def update_meaning(block: Values) -> list[str]:
     """What it means; the first sentence stands alone."""
-    sentences = [_against_guessing(block)]
-    if block["auc"] is not None and is_no_memory(block):
-        apart = quantities.decimal(block["control"]["auc"], 2)
-        sentences.append(
-            f"The model before the update tells the groups apart already (AUC {apart}): rounds before it taught it some of "
-            "these patients, or the groups differ by themselves."
-        )
-    return sentences
+    return _meaning(
+        block,
+        "The model before the update tells the groups apart already (AUC {apart}): rounds before it taught it some of these "
+        "patients, or the groups differ by themselves.",
+    )
 
 
 def words(block: Values) -> Finding:
