@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, RunError
+from fedmix.model.checkpoints import MODEL
 from fedmix.model.encoder import MixedModel
-from fedmix.model.pretrained import MODEL, Entry, LoadReport
+from fedmix.model.pretrained import Entry, LoadReport
 from fedmix.model.resizing import check_size, resized
 
 SCHEMA = 1
