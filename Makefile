@@ -6,19 +6,25 @@ STAMP := $(VENV)/.installed
 TOOLS := .tools
 OPEN_DATA ?= $(or $(FEDMIX_OPEN_DATA),../shared/data/cxr-open)
 
+# Tests use one thread each, and those that start whole systems mostly wait: two files at a time.
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-all lint bench open compare sbom audit clean
+.PHONY: demo test test-systems test-all lint bench open compare sbom audit clean
 demo: $(STAMP)  ## train, evaluate and report a federation of phantom hospitals (minutes)
 	rm -rf runs/demo
 	$(BIN)/fedmix simulate configs/demo.yaml --out runs/demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
+
+test-systems: $(STAMP)  ## the tests that start whole systems or use real data, as far as a continuous integration has time for them
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "(e2e or data) and not slow and not gpu"
 
 test-all: $(STAMP)  ## with the tests that start whole systems, use real data or take minutes
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not gpu"
 
 lint: $(STAMP)  ## style, types and import rules
 	$(BIN)/ruff check .

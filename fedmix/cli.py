@@ -6,11 +6,9 @@ Heavy rooms are imported inside the commands, so that ``--help`` and a misspelt 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix import config
+from fedmix.__main__ import INTERRUPTED, STOPPED, importing
 from fedmix.commands.audit import audit, canaries
 from fedmix.commands.consoles import error_console, out_console
 from fedmix.commands.prepare import prepare
@@ -43,9 +42,6 @@ app.add_typer(shard_app, name="shard")
 app.add_typer(site_app, name="site")
 app.add_typer(config_app, name="config")
 app.add_typer(server_app, name="server")
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
-STOPPED = "fedmix: stopped; a run goes on with --resume"
 
 
 class Engine(StrEnum):
@@ -83,7 +79,7 @@ def simulate(
         from simulations import forkserver
 
         forkserver.start()  # the workers' imports run beside ours
-    with _importing():
+    with importing():
         from fedmix.report.summary import read_report
         from fedmix.report.terminal import LiveView, final_table, remarks
         from simulations.run import simulate as run
@@ -193,7 +189,7 @@ def evaluate(
 
     Example:  fedmix evaluate runs/demo/model --data shards/nih --out runs/nih
     """
-    with _importing():
+    with importing():
         from fedmix.data.shard import Shard
         from fedmix.evaluation import suite
         from fedmix.model.folder import load_model
@@ -253,7 +249,7 @@ def export(
 
     Example:  fedmix export runs/demo/model --out exported/demo
     """
-    with _importing():
+    with importing():
         from fedmix.trained.export import export as write
 
     about = write(
@@ -342,21 +338,6 @@ def bench(
         for measure in [cases[case]] if case else cases.values():
             sys.stdout.write(json.dumps(measure()) + "\n")
             sys.stdout.flush()
-
-
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: some libraries catch it while they are imported, and break in odd ways later."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: _leave())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave() -> None:
-    error_console.print(STOPPED, soft_wrap=True)
-    os._exit(INTERRUPTED)
 
 
 def main() -> None:
