@@ -63,6 +63,31 @@ def test_a_slow_line_that_breaks_three_times_carries_a_round_and_the_ledgers_tel
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif("FEDMIX_LONG_LINE" not in os.environ, reason="takes an hour; set FEDMIX_LONG_LINE=1 to run it")
+def test_750_mb_over_two_megabits_a_second_with_three_cuts_are_taken_to_the_bit(tmp_path: Path) -> None:
+    wanted = everyone(tmp_path, federation={"deadline_s": 1200.0, "slowest_link_mbit_s": 2.0}, wire={"coding": "float32"})
+    wanted["model"] |= {"width": 1048, "depth": 8, "num_heads": 8}
+    wanted["data"]["sites"] = [site for site in wanted["data"]["sites"] if site["name"] == "west"]
+    world = World(tmp_path / "here", wanted)
+    size = sum(4 * value.numel() for value in world.initial().values())
+    assert size >= 750e6
+    with federation(tmp_path / "there", world, wanted) as made:
+        port = free_ports(1)[0]
+        plan = made.found(port, sites=("west",))
+        made.serve()
+        cuts = [int(share * size) for share in (0.2, 0.5, 0.8)]
+        with link(made.address, port=port, bytes_per_s=2.5e5, is_down_free=True, cuts=cuts, outage_s=25.0) as line:
+            made.join("west")
+            waited_until(lambda: made.online() == {"west"}, START_S)
+            assert made.start("run.log", "server", "run", plan, "--home", made.hub).ended(7000) == 0
+            assert line.num_cuts == 3
+            assert line.up <= 1.01 * size + 3 * 2 * OBJECT_BYTES
+        found = trained(made.hub / "runs/little", world)
+    assert found == digest(world.run().parameters)
+
+
+@pytest.mark.slow
 def test_an_unbroken_line_carries_what_the_ledgers_say_within_a_hundredth(tmp_path: Path) -> None:
     wanted = everyone(tmp_path, federation={"deadline_s": 600.0}, wire={"coding": "float32"})
     wanted["model"] |= {"width": 384, "depth": 2, "num_heads": 4}
