@@ -130,7 +130,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     node: Any = values
     for key in parents:
-        node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
+        place = _index(node, key, path) if isinstance(node, list) else key
+        if isinstance(node, dict) and node.get(key) is None:  # left out, or null as a resolved experiment writes it
+            node[key] = {}
+        node = node[place]
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {path}: {key!r} holds a value, it has no keys inside")
     value = read_yaml(text, f"--set {path}: {_short(text)}")

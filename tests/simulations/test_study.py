@@ -56,6 +56,21 @@ def test_every_regime_meets_every_seed_and_a_seed_s_regimes_come_together(tmp_pa
     assert all(cell.experiment.study is None for cell in found)
 
 
+def test_a_regime_fills_a_section_that_the_others_leave_out(tmp_path: Path) -> None:
+    lie = {"attack": {"site": "west", "kind": "scale", "strength": 5.0}}
+    honest, lied = (cell.experiment for cell in cells(tmp_path, study={"seeds": [1], "regimes": {"honest": {}, "lied": lie}}))
+    assert honest.attack is None
+    assert lied.attack is not None
+    assert (lied.attack.kind, lied.attack.strength) == ("scale", 5.0)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_regime_of_the_configs_that_come_with_fedmix_can_be_run(path: Path, tmp_path: Path) -> None:
+    experiment = config.load(path, ["study.seeds=[1]"] if "\nstudy:" in path.read_text() else [])
+    if experiment.study is not None:
+        assert len(cells_of(experiment, tmp_path)) == len(experiment.study.regimes)
+
+
 def test_a_regime_overrides_a_site_and_a_stage_by_name_and_nothing_else(tmp_path: Path) -> None:
     plentiful, scarce = (cell.experiment for cell in cells(tmp_path)[:2])
     assert [site.phantom.studies for site in plentiful.data.sites if site.phantom] == [24, 24, 24]
