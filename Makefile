@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test test-systems test-all lint bench open compare sbom audit clean
+.PHONY: demo test test-systems test-all lint bench open field-open compare sbom audit clean
 demo: $(STAMP)  ## train, evaluate and report a federation of phantom hospitals (minutes)
 	rm -rf runs/demo
 	$(BIN)/fedmix simulate configs/demo.yaml --out runs/demo
@@ -48,6 +48,10 @@ ARGUMENTS_covid := --csv paired.csv --stream paired --labels none
 open: shards/open/iu shards/open/nih shards/open/covid  ## three real sites from the small open corpus (OPEN_DATA=folder)
 	rm -rf runs/open
 	$(BIN)/fedmix simulate configs/open.yaml --out runs/open
+
+field-open: shards/open/iu shards/open/nih shards/open/covid  ## the field's methods on the small open corpus (OPEN_DATA=folder)
+	rm -rf runs/field-open
+	$(BIN)/fedmix simulate configs/field-open.yaml --out runs/field-open
 
 sbom: $(STAMP) $(TOOLS)  ## what is installed, as CycloneDX: sbom.json
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
