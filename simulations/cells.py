@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,7 @@ def cells_of(experiment: config.Experiment, out: Path) -> list[Cell]:
 
 def _experiment_of(experiment: config.Experiment, regime: str, seed: int, folder: Path) -> config.Experiment:
     """The experiment of a cell: the regime's overrides, this seed, and sites that no other seed has drawn."""
-    assert experiment.study is not None
-    overrides = [f"{path}={json.dumps(value)}" for path, value in _leaves(experiment.study.regimes[regime])]
-    merged = config.parse(experiment.to_yaml(), overrides, source=f"study.regimes.{regime}")
-    values = merged.model_dump(mode="json")
+    values = config.regime(experiment, regime).model_dump(mode="json")
     values |= {"name": f"{experiment.name}-{regime}"[:40].rstrip("-_"), "seed": seed, "study": None}
     values["data"]["cache"] = str(folder / ".phantoms")
     for site in values["data"]["sites"]:
@@ -77,12 +73,3 @@ def _experiment_of(experiment: config.Experiment, regime: str, seed: int, folder
         if name not in baselines.SPECIAL:
             baselines.federated(cell, name)
     return cell
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Nested overrides as ``a.b.c`` and a value, so that a list's entry can be named: ``data.sites.west.phantom.studies``."""
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        place = f"{path}.{key}" if path else key
-        found += _leaves(value, place) if isinstance(value, Mapping) and value else [(place, value)]
-    return found

@@ -7,7 +7,7 @@ from fedmix.config.experiment import Experiment
 from fedmix.config.federating import Aggregation, Federation, Screening, StreamMix, Wire
 from fedmix.config.model import Model, WarmStart
 from fedmix.config.protecting import Privacy, SecureSum
-from fedmix.config.reading import MAX_CONFIG_BYTES, build, json_schema, load, parse, variant
+from fedmix.config.reading import MAX_CONFIG_BYTES, build, json_schema, load, parse, regime, variant
 from fedmix.config.training import COMPARING, WEIGHTS, Augment, Objectives, Optimiser, Outer, Stage, sites_of
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "json_schema",
     "load",
     "parse",
+    "regime",
     "sites_of",
     "variant",
 ]

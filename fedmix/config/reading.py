@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def variant(experiment: Experiment, name: str) -> Experiment:
     return build(merged, source=f"baselines.{name}")
 
 
+def regime(experiment: Experiment, name: str) -> Experiment:
+    """The experiment of a study's regime: this one with the regime's overrides, which may name a list's entry.
+
+    ``{data: {sites: {west: {phantom: {studies: 12}}}}}`` and ``{data.sites.west.phantom.studies: 12}`` are the same.
+    """
+    assert experiment.study is not None
+    overrides = [f"{path}={json.dumps(value)}" for path, value in _leaves(experiment.study.regimes[name])]
+    return parse(experiment.to_yaml(), overrides, source=f"study.regimes.{name}")
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema of an experiment file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Experiment.model_json_schema()
@@ -113,6 +124,16 @@ def _merge(values: Any, overrides: Any) -> Any:
     if isinstance(values, dict) and isinstance(overrides, Mapping):
         return values | {key: _merge(values.get(key), value) for key, value in overrides.items()}
     return overrides
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested overrides as ``a.b.c`` and a value."""
+    for key, value in values.items():
+        place = f"{path}.{key}" if path else key
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, place)
+        else:
+            yield place, value
 
 
 def _forget_sizes(model: Any) -> None:

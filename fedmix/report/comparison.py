@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmix.report import charts, markdown, measures, quantities
+from fedmix.report.attacked import AttackTable, attack_tables, failures
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import ATTACK, MAIN, MEASURES, POOLED, Cost, Estimate, Study
+from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
 ABOUT_INTERVALS = (
-    "Intervals are 95 %, Student's t over seeds. A seed moves initial weights, batches and the draw of the sites' data; the "
-    "held-out studies are the same for all, so intervals do not cover their draw."
+    "Intervals are 95 %, Student's t over seeds. A seed moves initial weights, batches and, of phantom sites, the draw of "
+    "their data; the held-out studies are the same for all, so intervals do not cover their draw."
 )
 ABOUT_BEST_SITE = "The best site is chosen by its zero-shot AUROC on the test studies, which flatters it and nobody else."
 ABOUT_COSTS = (
@@ -73,6 +74,8 @@ class Comparison:
 
     name: str
     standing: str
+    failures: tuple[str, ...]
+    attacks: tuple[AttackTable, ...]
     figures: tuple[Figure, ...]
     regimes: tuple[RegimeTables, ...]
     notes: tuple[str, ...]
@@ -84,7 +87,13 @@ def compared(study: Study) -> Comparison:
     figures = [figure for name in MEASURES if (figure := _figure(study, regimes, name)) is not None]
     notes = [ABOUT_INTERVALS, *([ABOUT_BEST_SITE] if "best_site" in study.methods else []), ABOUT_COSTS]
     return Comparison(
-        study.name, study.standing, tuple(figures), tuple(tables(study, regime) for regime in regimes), tuple(notes)
+        name=study.name,
+        standing=study.standing,
+        failures=failures(study),
+        attacks=attack_tables(study),
+        figures=tuple(figures),
+        regimes=tuple(tables(study, regime) for regime in regimes),
+        notes=tuple(notes),
     )
 
 
@@ -108,14 +117,20 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     """Everything but the drawings, as GitHub Markdown."""
     parts: list[str] = []
     for one in comparisons:
-        parts += [f"# {one.name}", one.standing]
+        parts += [f"# {one.name}", one.standing, *map(markdown.text, one.failures)]
+        for table in one.attacks:
+            parts += [f"## {table.title}", f"{table.about[0].upper()}{table.about[1:]}.", _as_markdown(table.grid)]
         for regime in one.regimes:
-            parts += [f"## {regime.name} ({regime.num_seeds})", regime.winners, measures.as_markdown(regime.means).rstrip()]
-            parts += [f"{method_name(MAIN)} less each method:", measures.as_markdown(regime.differences).rstrip()]
+            parts += [f"## {regime.name} ({regime.num_seeds})", regime.winners, _as_markdown(regime.means)]
+            parts += [f"{method_name(MAIN)} less each method:", _as_markdown(regime.differences)]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [gap_sentence(gap) for gap in regime.gaps]
         parts += list(one.notes)
     return "\n\n".join(parts) + "\n"
+
+
+def _as_markdown(grid: Grid) -> str:
+    return measures.as_markdown(grid, with_settings=True).rstrip()
 
 
 def gap_sentence(gap: Gap) -> str:
@@ -163,8 +178,8 @@ def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
 
 def _columns(study: Study, regime: str) -> dict[str, Measure]:
     """The measures of a table; who never attacked its models has no column of that."""
-    attacked = any(study.estimate(regime, method, ATTACK) for method in study.methods)
-    return {name: measure for name, measure in MEASURES.items() if name != ATTACK or attacked}
+    attacked = {name for name in ATTACKS if any(study.estimate(regime, method, name) for method in study.methods)}
+    return {name: measure for name, measure in MEASURES.items() if name not in ATTACKS or name in attacked}
 
 
 def _winners(study: Study, regime: str, methods: Sequence[str]) -> str:
@@ -228,7 +243,7 @@ def _core_seconds(value: float | None) -> str:
 
 
 def _gap(study: Study, regime: str, pooled: str) -> Gap:
-    utility = {name: measure for name, measure in MEASURES.items() if name != ATTACK}
+    utility = {name: measure for name, measure in MEASURES.items() if name not in ATTACKS}
     found = [(measure.title, study.recovered_gap(regime, name, pooled)) for name, measure in utility.items()]
     defined = tuple((title, f"{100 * gap:.0f} %".replace("-", "\N{MINUS SIGN}")) for title, gap in found if gap is not None)
     return Gap(method_name(pooled), defined, tuple(title for title, gap in found if gap is None))

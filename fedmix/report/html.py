@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedmix.errors import RunError
 from fedmix.report import card, charts, comparison, learning, measures, quantities
+from fedmix.report.attacked import MARKED
 from fedmix.report.forest import forest
 from fedmix.report.method import STAGE_COLUMNS
 from fedmix.report.page import read_page
@@ -56,7 +57,11 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
     else:
         template = environment().get_template("study.html.j2")
         drawn = template.render(
-            comparisons=comparisons, charts=charts, costs=comparison.COSTS, gap_sentence=comparison.gap_sentence
+            comparisons=comparisons,
+            charts=charts,
+            costs=comparison.COSTS,
+            gap_sentence=comparison.gap_sentence,
+            marked=MARKED,
         )
         write_text(path, drawn)
     return path

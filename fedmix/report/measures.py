@@ -190,6 +190,13 @@ def _bits(evaluation: Evaluation) -> Score:
     return _of_words(block, block.mask_ratio) if block else _absent(evaluation, "language")
 
 
+def passing_mark(evaluation: Evaluation, trigger: str, finding: str) -> float | None:
+    """Of the images without a finding, the share that passes for having it once the mark is on them; 5 % pass unmarked."""
+    found = evaluation.classification and evaluation.classification.triggers
+    mark = getattr(found, trigger, None) if found else None
+    return mark.rate.get(finding) if mark else None
+
+
 def _membership(evaluation: Evaluation) -> Score:
     block = evaluation.membership
     if block is None:
@@ -221,6 +228,9 @@ FEW_LABEL_PROBE = Measure(
     "Probe AUROC, few labels", "probe\nfew\nlabels", "higher", _few_label_probe, quantities.decimal
 )  # of a study's tables
 MEMBERSHIP = Measure("Membership AUC", "mem-\nber\nAUC", "lower", _membership, quantities.decimal)  # where it was attacked
+PLANTED = Measure(  # where a site taught one; which mark and finding it was is in the study's config, not in an evaluation
+    "Planted mark passes for its finding", "planted\nmark\n%", "lower", lambda evaluation: Score(None), quantities.percent
+)
 ZERO_SHOT, LINEAR_PROBE, IMAGE_TO_TEXT, TEXT_TO_IMAGE, PSNR, BITS = range(len(MEASURES))
 
 
@@ -243,11 +253,12 @@ def compare_table(reports: Sequence[Report]) -> Grid:
     return _grid([_Entry(report.run.name, "", "baseline", _scores(report.evaluation)) for report in reports])
 
 
-def as_markdown(grid: Grid) -> str:
-    """The table as GitHub Markdown, the best of each column in bold."""
+def as_markdown(grid: Grid, *, with_settings: bool = False) -> str:
+    """The table as GitHub Markdown, the best of each column in bold; with what a cell's number is of, if that is wanted."""
     titles = [f"{measure.title} {measure.unit}".strip() for measure in grid.measures]
     lines = [markdown.row(["", *map(markdown.text, titles)]), markdown.row(["---", *["---:"] * len(titles)])]
-    lines += [markdown.row([markdown.text(row.name), *map(_markdown_cell, row.cells)]) for row in grid.rows]
+    for row in grid.rows:
+        lines.append(markdown.row([markdown.text(row.name), *(_markdown_cell(cell, with_settings) for cell in row.cells)]))
     notes = [f"{number}. {markdown.text(note)}" for number, note in enumerate(grid.notes, 1)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
@@ -362,9 +373,10 @@ def _leaf(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _markdown_cell(cell: Cell | None) -> str:
+def _markdown_cell(cell: Cell | None, with_setting: bool) -> str:
     if cell is None:
         return ""
     text = f"**{cell.text}**" if cell.is_best else cell.text
+    told = [part for part in (cell.interval, cell.setting if with_setting else "") if part]
     note = f" [{cell.note}]" if cell.note else ""
-    return f"{text} ({cell.interval})" if cell.interval else f"{text}{note}"
+    return f"{text} ({'; '.join(told)})" if told else f"{text}{note}"

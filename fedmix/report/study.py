@@ -1,7 +1,7 @@
 """A study read from its folder: every method's numbers over seeds, their intervals, and differences seed by seed.
 
 Intervals are Student's t over seeds (mean plus or minus t s / sqrt n), so they cover initial weights, batches and the
-draw of the sites' data, and not the draw of the held-out set, which all share. Differences are taken within a seed, where
+draw of phantom sites' data, and not the draw of the held-out set, which all share. Differences are taken within a seed, where
 both methods had the same sites and start, before their mean and interval. What is read is the cells' own run folders, so
 an unfinished study is read as far as it has come: a number says over how many seeds it is.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_st
 COSTS = "costs.json"
 SLOWING = {"precision", "device", "micro_batch", "checkpoint_activations"}  # keys of federation that a step's time depends on
 State = Literal["completed", "failed", "unfinished"]
+Mark = tuple[str, str]  # a trigger, and the finding that it is to pass for
 
 MEASURES: dict[str, Measure] = {  # names in study.json
     "zero_shot_auroc": measures.MEASURES[measures.ZERO_SHOT],
@@ -40,8 +41,10 @@ MEASURES: dict[str, Measure] = {  # names in study.json
     "psnr_db": measures.MEASURES[measures.PSNR],
     "bits_per_token": measures.MEASURES[measures.BITS],
     "membership_auc": measures.MEMBERSHIP,
+    "planted_mark": measures.PLANTED,
 }
-ATTACK = "membership_auc"  # what a model gives away; most studies attack none
+PLANTED = "planted_mark"
+ATTACKS = ("membership_auc", PLANTED)  # what a model gives away, what was slipped into it; most studies attack none
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Study:
     regimes: tuple[str, ...]
     methods: tuple[str, ...]
     cells: tuple[Cell, ...]
+    attacks: Mapping[str, config.Attack] = field(default_factory=dict)  # by regime; honest ones are not in it
 
     @property
     def num_done(self) -> int:
@@ -129,6 +133,11 @@ class Study:
         """Main method less another, seed by seed; None if no seed has both."""
         ours, theirs = self._values(regime, MAIN, measure), self._values(regime, method, measure)
         return estimate({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
+
+    def change(self, before: str, after: str, method: str, measure: str) -> Estimate | None:
+        """A method's number in one regime less that in another, seed by seed; None if no seed has both."""
+        then, now = self._values(before, method, measure), self._values(after, method, measure)
+        return estimate({seed: now[seed] - then[seed] for seed in now if seed in then})
 
     def recovered_gap(self, regime: str, measure: str, pooled: str) -> float | None:
         """(main - best site) / (pooled - best site) of the means over the seeds that have all three.
@@ -175,18 +184,19 @@ def read_study(folder: Path) -> Study:
     """A study as far as it has come; raises RunError if the folder holds none."""
     try:
         experiment = config.load(folder / "config.yaml")
+        attacks = _attacks(experiment)
     except ConfigError as error:
         raise RunError(f"{folder} holds no readable study: {error}") from None
     if experiment.study is None:
         raise RunError(f"{folder} holds no study: its config.yaml has no seeds; give the folder of a study or of a run")
     step_costs = _step_costs(folder)
     cells = tuple(
-        _read_cell(folder / regime / f"seed-{seed}", regime, seed, step_costs)
+        _read_cell(folder / regime / f"seed-{seed}", regime, seed, step_costs, _marks(attacks, regime))
         for regime in experiment.study.regimes
         for seed in experiment.study.seeds
     )
     methods = dict.fromkeys([MAIN, *(name for cell in cells for name in cell.methods)])
-    return Study(experiment.name, experiment.study.seeds, tuple(experiment.study.regimes), tuple(methods), cells)
+    return Study(experiment.name, experiment.study.seeds, tuple(experiment.study.regimes), tuple(methods), cells, attacks)
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -282,7 +292,20 @@ def _step_costs(folder: Path) -> dict[str, float]:
     return {str(key): float(value) for key, value in steps.items()} if isinstance(steps, dict) else {}
 
 
-def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, float]) -> Cell:
+def _attacks(experiment: config.Experiment) -> dict[str, config.Attack]:
+    """The attack of every regime that has one."""
+    regimes = experiment.study.regimes if experiment.study else ()
+    found = {name: config.regime(experiment, name).attack for name in regimes}
+    return {name: attack for name, attack in found.items() if attack is not None}
+
+
+def _marks(attacks: Mapping[str, config.Attack], regime: str) -> list[Mark]:
+    """The mark that a regime plants, and the finding it is to pass for; where all are honest, any that others plant."""
+    chosen = list(attacks.values()) if regime not in attacks else [attacks[regime]]
+    return [(attack.trigger, attack.finding) for attack in chosen if attack.finding is not None]
+
+
+def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, float], marks: Sequence[Mark]) -> Cell:
     manifest, report = read_json(folder / "manifest.json"), read_json(folder / "report.json")
     said = manifest if isinstance(manifest, dict) else {}
     state: State = "unfinished"
@@ -294,7 +317,7 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
     methods = {}
     for name, branch in branches.items():
         run = folder if name == MAIN else folder / "baselines" / branch.get("site", name)
-        methods[name] = Result(_scores(branch["evaluation"]), _cost(run, step_costs), branch.get("site"))
+        methods[name] = Result(_scores(branch["evaluation"], marks), _cost(run, step_costs), branch.get("site"))
     return Cell(regime, seed, state, said.get("cause"), methods)
 
 
@@ -315,9 +338,11 @@ def _finished(folder: Path) -> dict[str, Any]:
     return {name: branch for name, (_, branch) in sorted(found.items(), key=lambda item: item[1][0])}
 
 
-def _scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
+def _scores(evaluation: Mapping[str, Any], marks: Sequence[Mark]) -> dict[str, float]:
     parsed = Evaluation.model_validate(evaluation)
     values = {name: measure.read(parsed).value for name, measure in MEASURES.items()}
+    rates = [measures.passing_mark(parsed, trigger, finding) for trigger, finding in marks]
+    values[PLANTED] = max((rate for rate in rates if rate is not None), default=None)
     return {name: value for name, value in values.items() if value is not None}
 
 

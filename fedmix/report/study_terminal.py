@@ -13,7 +13,7 @@ from fedmix.report.measures import Cell, Grid, Measure
 from fedmix.report.terminal import printable
 
 COST_SHORT = dict(zip(COSTS, ("steps", "images", "reports", "pairs", "core s", "sent"), strict=True))
-INTERVAL_COLUMN = 8  # columns of a value such as ±0.012, with the gap to the next
+GAP = 2  # columns between one value and the next
 
 
 def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
@@ -21,6 +21,10 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
     side; a value's interval is in the line below it.
     """
     yield Text.assemble((printable(one.name), "bold"), f"  {one.standing}")
+    yield from (Text(printable(failure), style="red") for failure in one.failures)
+    for attack in one.attacks:
+        yield Text.assemble("\n", (attack.title, "bold"), (f"  {attack.about}", "dim"))
+        yield from _split(attack.grid, "", width)
     for regime in one.regimes:
         yield Text.assemble("\n", (printable(regime.name), "bold"), (f"  {regime.num_seeds}", "dim"))
         if regime.winners:
@@ -35,33 +39,38 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
 
 def _split(grid: Grid, first_column: str, width: int) -> Iterator[Table]:
     """A grid as one table, or as several where its measures do not fit side by side."""
-    names = 2 + max(len(row.name) for row in grid.rows)
-    step = max(1, (width - names) // INTERVAL_COLUMN)
+    texts = [list(map(_lines, grid.measures, row.cells)) for row in grid.rows]
+    names = GAP + max(len(row.name) for row in grid.rows)
+    lines = [measure.short for measure in grid.measures] + [text.plain for row in texts for text in row]
+    column = GAP + max(len(line) for text in lines for line in text.split("\n"))
+    step = max(1, (width - names) // column)
     for start in range(0, len(grid.measures), step):
         chosen = slice(start, start + step)
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(first_column, no_wrap=True)
         for measure in grid.measures[chosen]:
             table.add_column(Text(measure.short, justify="right"), justify="right", no_wrap=True)
-        for row in grid.rows:
+        for row, cells in zip(grid.rows, texts, strict=True):
             style = "bold cyan" if row.kind == "main" else ""
-            table.add_row(Text(printable(row.name), style=style), *map(_two_lines, grid.measures[chosen], row.cells[chosen]))
+            table.add_row(Text(printable(row.name), style=style), *cells[chosen])
         yield table
 
 
-def _two_lines(measure: Measure, cell: Cell | None) -> Text:
-    """A value, and below it how far its interval reaches to either side."""
+def _lines(measure: Measure, cell: Cell | None) -> Text:
+    """A value, below it how far its interval reaches to either side and, where that is not all of them, how many seeds."""
     if cell is None:
         return Text()
     text = Text(cell.text.removesuffix(" %"), style="bold" if cell.is_best else "")
     if cell.score.interval is not None:
         half = (cell.score.interval[1] - cell.score.interval[0]) / 2
         text.append(f"\n±{measure.show(half).removesuffix(' %')}", style="dim not bold")
+    if cell.setting:
+        text.append(f"\n{cell.setting}", style="dim not bold")
     return text
 
 
 def _cost_table(rows: Sequence[CostRow]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("took", no_wrap=True)
     for title in COSTS:
         table.add_column(Text(COST_SHORT[title], justify="right"), justify="right", no_wrap=True)

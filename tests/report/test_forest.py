@@ -15,9 +15,9 @@ from fedmix.errors import RunError
 from fedmix.report.comparison import compared
 from fedmix.report.forest import Column, forest
 from fedmix.report.html import write_comparison, write_study
-from fedmix.report.study import ATTACK, MEASURES, Study, read_study
+from fedmix.report.study import ATTACKS, MEASURES, Study, read_study
 
-UTILITY = [name for name in MEASURES if name != ATTACK]
+UTILITY = [name for name in MEASURES if name not in ATTACKS]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
