@@ -35,10 +35,11 @@ def attack_tables(study: Study) -> tuple[AttackTable, ...]:
     found = []
     for name in SHOWN:
         chosen = [regime for regime, attack in study.attacks.items() if name != PLANTED or attack.finding is not None]
-        grid = _grid(study, [honest, *chosen], name)
+        measure, grid = MEASURES[name], _grid(study, [honest, *chosen], name)
         if chosen and grid.has_numbers:
-            about = f"{MEASURES[name].better} is better; marked: {MARKED} (difference paired by seed)"
-            found.append(AttackTable(f"{MEASURES[name].title} under attack", about, grid))
+            unit = "in %, " if measure.show(0.0).endswith("%") else ""
+            about = f"{unit}{measure.better} is better; bold: {MARKED} (difference paired by seed)"
+            found.append(AttackTable(f"{measure.title} under attack", about, grid))
     return tuple(found)
 
 
@@ -77,5 +78,5 @@ def _cell(study: Study, honest: str, regime: str, method: str, name: str, notes:
     change = study.change(honest, regime, method, name)
     worse = change is not None and change.is_clear and (change.mean < 0) == (measure.better == "higher")
     interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
-    setting = "" if one.num_seeds == len(seeds) else f"{one.num_seeds} of {len(seeds)}"
+    setting = "" if one.num_seeds == len(seeds) else f"{one.num_seeds} of {len(seeds)} seeds"
     return Cell(measure.show(one.mean), interval, setting, is_best=worse, score=Score(one.mean, one.interval))

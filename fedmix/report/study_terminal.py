@@ -65,7 +65,7 @@ def _lines(measure: Measure, cell: Cell | None) -> Text:
         half = (cell.score.interval[1] - cell.score.interval[0]) / 2
         text.append(f"\n±{measure.show(half).removesuffix(' %')}", style="dim not bold")
     if cell.setting:
-        text.append(f"\n{cell.setting}", style="dim not bold")
+        text.append("\n" + cell.setting.replace(" seed", "\nseed"), style="dim not bold")
     return text
 
 

@@ -91,7 +91,7 @@ def test_an_attack_under_which_runs_fail_says_so_and_a_mean_says_of_how_many_see
     one = compared(read_study(folder))
     row = one.attacks[0].grid.rows[0]
     assert [cell and (cell.text, cell.setting) for cell in row.cells][2] == ("failed", "")
-    assert [cell and cell.setting for cell in row.cells][:2] == ["", "2 of 3"]
+    assert [cell and cell.setting for cell in row.cells][:2] == ["", "2 of 3 seeds"]
     pages = [html.write_study(tmp_path / f"page.{kind}", [read_study(folder)]).read_text() for kind in ("md", "html")]
     for text in (screen(one, 80), *pages):
         words = " ".join(text.replace("\\_", "_").split())
