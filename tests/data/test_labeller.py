@@ -45,6 +45,22 @@ def test_a_report_is_read_with_its_denials_doubts_and_questions(report: str, exp
     assert found(report) == expected
 
 
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ("No pleural effusion or pneumothorax.", {"effusion", "pneumothorax"}),
+        ("The heart is not enlarged. Effusion is not seen.", {"cardiomegaly", "effusion"}),
+        ("No pneumothorax but a tiny effusion remains.", {"pneumothorax"}),
+        ("No left effusion. Small right effusion.", {"effusion"}),
+        ("Rule out pneumonia. History of effusion. Evaluate for pneumothorax.", set()),
+        ("A small pneumothorax cannot be excluded. Possible nodule.", set()),
+        ("Heart size is normal.", set()),  # it names no finding
+    ],
+)
+def test_what_a_report_denies_is_told_from_what_it_leaves_unsaid(report: str, expected: set[str]) -> None:
+    assert {finding for finding, is_denied in zip(FINDINGS, labeller.denied(report), strict=True) if is_denied} == expected
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_as_one_number_for_each_finding(text: str) -> None:
     read = labeller.read(text)

@@ -10,6 +10,7 @@ It reads what the model reads, also words that a tokenizer has set apart: lower 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 SAID, DOUBTED, NOT_SAID = 1.0, 0.5, 0.0
 
@@ -62,12 +63,26 @@ _PATTERNS = {finding: re.compile(rf"\b(?:{phrase})\b") for finding, phrase in PH
 def read(report: str) -> list[float]:
     """SAID, DOUBTED or NOT_SAID for each of FINDINGS: the strongest that any clause of the report says."""
     found = dict.fromkeys(FINDINGS, NOT_SAID)
+    for finding, before, after in _mentions(report):
+        found[finding] = max(found[finding], _standing(before, after))
+    return list(found.values())
+
+
+def denied(report: str) -> list[bool]:
+    """For each of FINDINGS whether some clause says in so many words that it is not there; silence denies nothing."""
+    found = dict.fromkeys(FINDINGS, False)
+    for finding, before, after in _mentions(report):
+        found[finding] |= _standing(before, after) == NOT_SAID and not _NOT_OF_NOW.search(before)
+    return list(found.values())
+
+
+def _mentions(report: str) -> Iterator[tuple[str, str, str]]:
+    """Every place where a finding is named: the finding, its clause up to its end, and the rest of the clause."""
     for clause in _CLAUSE.split(report.lower()):
         for finding, pattern in _PATTERNS.items():
             for match in pattern.finditer(clause):
                 # Up to its end, for a cue may stand among its words: "the heart is not enlarged".
-                found[finding] = max(found[finding], _standing(clause[: match.end()], clause[match.end() :]))
-    return list(found.values())
+                yield finding, clause[: match.end()], clause[match.end() :]
 
 
 def _standing(before: str, after: str) -> float:
