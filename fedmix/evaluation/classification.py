@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -61,24 +62,47 @@ class LabelledRows:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Logistic regressions on standardised features, one a label; None for a label without both classes in training."""
+
+    scaler: StandardScaler
+    models: tuple[LogisticRegression | None, ...]
+
+    def scores(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Scores [n, K] of features [n, F], NaN in the columns of labels without a regression."""
+        features = self.scaler.transform(features)
+        scores = np.full((len(features), len(self.models)), np.nan)
+        for k, model in enumerate(self.models):
+            if model is not None:
+                scores[:, k] = model.decision_function(features)
+        return scores
+
+
+@dataclass(frozen=True)
 class Probe:
     """Scores [n, K] of a fitted probe, NaN in the columns of labels it could not fit, and what it was fitted on and with."""
 
     scores: NDArray[np.float64]
     num_train: int
     inverse_penalty: float
+    linear: Linear
+
+
+def drawn_rows(num_rows: int, most: int, *, seed: int, purpose: str = "probe rows") -> NDArray[np.int64]:
+    """At most ``most`` of so many rows, in their order; drawn by seed and purpose."""
+    return np.sort(random_for(seed, purpose).permutation(num_rows)[:most])
 
 
 def fit_probe(
     train: LabelledRows, features: NDArray[np.float32], *, num_train: int = 1000, seed: int = 0, purpose: str = "probe rows"
 ) -> Probe:
     """A probe that saw at most ``num_train`` training rows, drawn by seed and purpose, on features [n, F]."""
-    chosen = np.sort(random_for(seed, purpose).permutation(len(train))[:num_train])
-    train = train.take(chosen)
+    train = train.take(drawn_rows(len(train), num_train, seed=seed, purpose=purpose))
     # The matrices are so small that a second BLAS thread makes a probe six times slower.
     with threadpool_limits(limits=1, user_api="blas"):
         inverse_penalty = _choose_inverse_penalty(train, seed)
-        return Probe(_probe_scores(train, features, inverse_penalty), len(train), inverse_penalty)
+        linear = _fit(train, inverse_penalty)
+        return Probe(linear.scores(features), len(train), inverse_penalty, linear)
 
 
 def linear_probe(
@@ -135,29 +159,28 @@ def _choose_inverse_penalty(train: LabelledRows, seed: int) -> float:
     means = np.zeros(len(INVERSE_PENALTIES))
     for c, inverse_penalty in enumerate(INVERSE_PENALTIES):
         for inner, outer in folds:
-            scores = _probe_scores(train.take(inner), train.features[outer], inverse_penalty)
+            scores = _fit(train.take(inner), inverse_penalty).scores(train.features[outer])
             # One resample of every row once is the plain AUROC, without scikit-learn's millisecond of checks a label.
             macro = metrics.resampled_macro_auroc(train.labels[outer], scores, np.ones((1, len(outer))))
             means[c] += np.nan_to_num(macro[0]) / NUM_FOLDS
     return INVERSE_PENALTIES[int(np.argmax(means))]
 
 
-def _probe_scores(train: LabelledRows, features: NDArray[np.float32], inverse_penalty: float) -> NDArray[np.float64]:
-    """Scores [n, K] of one logistic regression per label; NaN columns for labels without both classes in training."""
+def _fit(train: LabelledRows, inverse_penalty: float) -> Linear:
     scaler = StandardScaler().fit(train.features)
-    train_features, features = scaler.transform(train.features), scaler.transform(features)
-    scores = np.full((len(features), train.labels.shape[1]), np.nan)
+    features = scaler.transform(train.features)
+    models: list[LogisticRegression | None] = []
     for k in range(train.labels.shape[1]):
         known = train.labels[:, k] >= 0
         if len(np.unique(train.labels[known, k])) < 2:
+            models.append(None)
             continue
         model = LogisticRegression(C=inverse_penalty, max_iter=200)
         with warnings.catch_warnings():
             # Stopping early is one more regulariser and the same for every method; it is no news to a user.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(train_features[known], train.labels[known, k])
-        scores[:, k] = model.decision_function(features)
-    return scores
+            models.append(model.fit(features[known], train.labels[known, k]))
+    return Linear(scaler, tuple(models))
 
 
 def raw_pixel_features(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -186,17 +209,14 @@ def zero_shot_scores(
     max_words: int = 64,
 ) -> NDArray[np.float64]:
     """Scores [N, K], labels in the prompts' order: cosine to the positive prompts' mean less that to the negative's."""
-    sentences = [sentence for pair in prompts.values() for side in pair for sentence in side]
-    words = [np.asarray(ids, np.int64) for ids in vocabulary.encode(sentences, max_words)]
+    row = {text: number for number, text in enumerate(dict.fromkeys(chain(*chain(*prompts.values()))))}
+    words = [np.asarray(ids, np.int64) for ids in vocabulary.encode(list(row), max_words)]
     embeddings = encode_texts(encoder, words).astype(np.float64)
-    directions, start = [], 0
+    directions = []
     for pair in prompts.values():
-        means = []
-        for side in pair:
-            mean = embeddings[start : start + len(side)].mean(axis=0)
-            means.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
-            start += len(side)
-        directions.append(means[0] - means[1])
+        means = [embeddings[[row[text] for text in side]].mean(axis=0) for side in pair]
+        positive, negative = (mean / max(float(np.linalg.norm(mean)), 1e-12) for mean in means)
+        directions.append(positive - negative)
     scores: NDArray[np.float64] = image_embeddings.astype(np.float64) @ np.stack(directions, axis=1)
     return scores
 
