@@ -83,6 +83,9 @@ class Vocabulary(Protocol):
     def encode(self, texts: Sequence[str], max_words: int) -> list[list[int]]:
         """Ids of each text, the summary token first."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without the tokens that are no words."""
+
 
 @dataclass(frozen=True)
 class HeldOut:

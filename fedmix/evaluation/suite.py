@@ -20,6 +20,7 @@ from fedmix.evaluation import (
     classification,
     label_shares,
     language,
+    mined_prompts,
     regeneration,
     reranking,
     retrieval,
@@ -43,7 +44,6 @@ __all__ = ["TASKS", "Evaluation", "EvaluationSettings", "HeldOut", "evaluate", "
 
 Task = Callable[[EvaluationContext], Findings]
 
-RERANKED = "retrieval/reranked"  # run only where it is asked for: it reads thousands of joint sequences
 TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/linear_probe": classification.evaluate_linear_probe,
     "classification/few_label_probe": classification.evaluate_few_label_probe,
@@ -53,12 +53,18 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/raw_pixels": classification.evaluate_raw_pixels,
     "classification/few_label_raw_pixels": classification.evaluate_few_label_raw_pixels,
     "classification/zero_shot": classification.evaluate_zero_shot,
+    "classification/mined_prompts": mined_prompts.evaluate_mined_prompts,
     "classification/triggers": triggers.evaluate_triggers,
     "classification/text_probe": classification.evaluate_text_probe,
     "retrieval": retrieval.evaluate_retrieval,
-    RERANKED: reranking.evaluate_reranking,
+    "retrieval/reranked": reranking.evaluate_reranking,
     "regeneration": regeneration.evaluate_regeneration,
     "language": language.evaluate_language,
+}
+
+# What takes longer than all the rest, and the setting that asks for it: re-ranking reads thousands of joint sequences.
+ON_DEMAND: dict[str, str] = {
+    "retrieval/reranked": "rerank_top",
 }
 
 
@@ -67,6 +73,7 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
 ALIGNING = ("contrast", "semantic", "local")
 NEEDS: dict[str, tuple[str, ...]] = {
     "classification/zero_shot": ALIGNING,
+    "classification/mined_prompts": ALIGNING,
     "classification/triggers": ALIGNING,
     "retrieval": ALIGNING,
     "regeneration": ("mvm",),
@@ -122,7 +129,8 @@ def evaluate(
     examples: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    tasks = {place: task for place, task in TASKS.items() if place != RERANKED or context.settings.rerank_top}
+    asked = vars(context.settings)
+    tasks = {place: task for place, task in TASKS.items() if place not in ON_DEMAND or asked[ON_DEMAND[place]]}
     for num_done, (place, task) in enumerate(tasks.items()):
         say(place, num_done, len(tasks))
         started = time.perf_counter()

@@ -11,29 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmix.data.reports.labeller import FINDINGS
 from fedmix.evaluation.features import HeldOut
 
 NUM_LABELS = 8
 IMAGE_SIZE, PATCH_SIZE = 24, 8
-LABEL_NAMES = tuple(f"finding_{k}" for k in range(NUM_LABELS))
-PROMPTS = {name: ((f"has{k}",), (f"no{k}",)) for k, name in enumerate(LABEL_NAMES)}
+LABEL_NAMES = FINDINGS[:NUM_LABELS]
+PROMPTS = {name: ((f"{name}.",), (f"no {name}.",)) for name in LABEL_NAMES}
+SAYINGS = tuple(saying for pair in PROMPTS.values() for side in reversed(pair) for saying in side)
 
 
 class ToyVocabulary:
-    """0 padding, 1 mask, 2 summary, 3 unknown, then "no0", "has0", "no1", "has1" ..."""
+    """0 padding, 1 mask, 2 summary, 3 unknown, then whole sentences, "no cardiomegaly.", "cardiomegaly.", "no effusion." ..."""
 
-    vocab_size = 4 + 2 * NUM_LABELS
+    vocab_size = 4 + len(SAYINGS)
     mask_id = 1
     special_ids = frozenset(range(4))
 
     def encode(self, texts: Sequence[str], max_words: int) -> list[list[int]]:
-        return [[2, *(self._id(word) for word in text.split())][:max_words] for text in texts]
+        return [[2, *(self._id(sentence) for sentence in text.split(".")[:-1])][:max_words] for text in texts]
 
-    def _id(self, word: str) -> int:
-        for k in range(NUM_LABELS):
-            if word in (f"no{k}", f"has{k}"):
-                return 4 + 2 * k + (word == f"has{k}")
-        return 3
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(SAYINGS[number - 4] for number in ids if number not in self.special_ids)
+
+    def _id(self, sentence: str) -> int:
+        saying = f"{sentence.strip()}."
+        return 4 + SAYINGS.index(saying) if saying in SAYINGS else 3
 
 
 class OracleEncoder(nn.Module):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation_toys import LABEL_NAMES, PROMPTS, ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw
+from evaluation_toys import LABEL_NAMES, PROMPTS, SAYINGS, ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -159,7 +159,7 @@ def test_exchanging_positive_and_negative_prompts_turns_zero_shot_round():
 def test_several_prompts_count_through_their_normalised_mean():
     encoder = OracleEncoder()
     embeddings = encode_images(encoder, draw(codes(10)))
-    several = {"a": (("has0", "has1"), ("no0", "no1", "no2"))}
+    several = {"a": (SAYINGS[1:4:2], SAYINGS[0:6:2])}
     z = embeddings.astype(float)
     positive = np.array([1, 1, 0, 0, 0, 0, 0, 0]) / np.sqrt(2)
     negative = -np.array([1, 1, 1, 0, 0, 0, 0, 0]) / np.sqrt(3)

@@ -15,6 +15,7 @@ from fedmix.evaluation.features import EvaluationContext, Findings
 from fedmix.evaluation.suite import Evaluation, EvaluationSettings, evaluate, quick
 
 SETTINGS = EvaluationSettings(num_bootstrap=20, num_few_train=40)
+CLASSIFICATION = {place for place in suite.TASKS if place.startswith("classification")} - suite.ON_DEMAND.keys()
 
 
 def run(encoder: OracleEncoder, **changes: Any) -> Evaluation:
@@ -109,19 +110,25 @@ def test_examples_hold_the_pictures_of_the_report(oracle):
                 "classification/raw_pixels",
                 "classification/few_label_raw_pixels",
                 "classification/zero_shot",
+                "classification/mined_prompts",
                 "classification/triggers",
                 "retrieval",
                 "regeneration",
                 "language/with_image",
             },
         ),
-        ({"words": None}, {"classification/text_probe", "retrieval", "regeneration/with_report", "language"}),
-        ({"labels": None, "label_names": ()}, {place for place in suite.TASKS if place.startswith("classification")}),
         (
-            {"is_probe_train": np.zeros(160, bool)},
-            {place for place in suite.TASKS if place.startswith("classification")}
-            - {"classification/zero_shot", "classification/triggers"},
+            {"words": None},
+            {
+                "classification/mined_prompts",
+                "classification/text_probe",
+                "retrieval",
+                "regeneration/with_report",
+                "language",
+            },
         ),
+        ({"labels": None, "label_names": ()}, CLASSIFICATION),
+        ({"is_probe_train": np.zeros(160, bool)}, CLASSIFICATION - {"classification/zero_shot", "classification/triggers"}),
     ],
 )
 def test_what_the_held_out_set_lacks_is_skipped_with_a_reason(changes, left_out):
@@ -220,7 +227,16 @@ def test_the_quick_numbers_look_at_a_fixed_part_of_the_test():
 @pytest.mark.parametrize(
     ("trained_on", "missing"),
     [
-        (("mvm",), {"classification/zero_shot", "classification/triggers", "retrieval", "language"}),
+        (
+            ("mvm",),
+            {
+                "classification/zero_shot",
+                "classification/mined_prompts",
+                "classification/triggers",
+                "retrieval",
+                "language",
+            },
+        ),
         (("contrast",), {"regeneration", "language"}),
         (("mlm", "semantic"), {"regeneration"}),
         ((), set()),
