@@ -184,6 +184,12 @@ def evaluate(
     rerank_top: Annotated[
         int, typer.Option(min=0, help="candidates of each retrieval query that the match head orders anew; 0 is none")
     ] = 0,
+    fine_tune_steps: Annotated[
+        int, typer.Option(min=0, help="most steps of training the image encoder on each share of the labels; 0 is none")
+    ] = 0,
+    prompt_tune_steps: Annotated[
+        int, typer.Option(min=0, help="steps of tuning prompts on each share of the labels; 0 is none")
+    ] = 0,
 ) -> None:
     """Evaluate a model on the test split of prepared shards; their training split trains the probes.
 
@@ -206,7 +212,12 @@ def evaluate(
             loaded,
             studies,
             tokenizer=tokenizer,
-            settings=suite.EvaluationSettings(rerank_top=rerank_top, trained_on=sizes.trained_on),
+            settings=suite.EvaluationSettings(
+                rerank_top=rerank_top,
+                fine_tune_steps=fine_tune_steps,
+                prompt_tune_steps=prompt_tune_steps,
+                trained_on=sizes.trained_on,
+            ),
             on_progress=lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
         )
     found = result.as_report()

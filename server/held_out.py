@@ -172,6 +172,8 @@ def settings_of(experiment: config.Experiment) -> suite.EvaluationSettings:
         max_images_regeneration=wanted.regeneration_images,
         seed=experiment.seed,
         rerank_top=wanted.rerank_top,
+        fine_tune_steps=wanted.fine_tune_steps,
+        prompt_tune_steps=wanted.prompt_tune_steps,
         trained_on=learnt(experiment),
     )
 

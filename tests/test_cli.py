@@ -448,9 +448,12 @@ def test_a_model_is_evaluated_on_a_tiny_shard(model: Path, run: Run, tmp_path: P
     assert "psnr_db" in out
     found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     assert 0.0 <= found["retrieval"]["image_to_text"]["r@10"] <= 1.0
-    code, out, err = run("evaluate", model, "--data", "shard", "--out", "evaluation", "--rerank-top", 5)
+    asked = ("--rerank-top", 5, "--fine-tune-steps", 2, "--prompt-tune-steps", 2)
+    code, out, err = run("evaluate", model, "--data", "shard", "--out", "evaluation", *asked)
     assert code == 0, err
     assert "left out: retrieval/reranked: the model was never trained on matching" in out
+    for place in ("fine_tune", "prompt_tune"):
+        assert f"left out: classification/{place}: the" in out
 
 
 @pytest.mark.parametrize(

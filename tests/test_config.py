@@ -431,7 +431,8 @@ DECIDES_NOT = {
     "federation.min_sites_of_stream": "{paired: 1}",
     "study": "{seeds: [1, 2]}",
     "federation.max_failed_rounds": 1,
-    "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5, rerank_top: 20}",
+    "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5, rerank_top: 20, "
+    "fine_tune_steps: 9, prompt_tune_steps: 9}",
     "baselines": "{random_init: {}}",
 }
 

@@ -29,6 +29,18 @@ class Evaluation(Section):
         description="candidates of each retrieval query that the match head puts in order anew, beside the plain numbers; 0 is "
         "none, 20 is a start",
     )
+    fine_tune_steps: int = Field(
+        default=0,
+        ge=0,
+        description="most steps in which the image encoder is trained end to end on each share of the probe's labels, beside "
+        "the linear probe; 0 is none, 300 is a start. Seven trainings, which take minutes or on large models hours",
+    )
+    prompt_tune_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps in which a few vectors before each finding's name are learnt on each share of the probe's labels, "
+        "the model frozen; 0 is none, 200 is a start",
+    )
 
 
 class Attack(Section):

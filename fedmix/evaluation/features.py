@@ -220,6 +220,8 @@ class EvaluationSettings:
     batch_size: int = 256
     seed: int = 0
     rerank_top: int = 0  # candidates of a query that the match head puts in order anew; 0 leaves re-ranking out
+    fine_tune_steps: int = 0  # most steps of each fine-tuning; 0 leaves it out
+    prompt_tune_steps: int = 0  # steps of each tuning of a prompt; 0 leaves it out
     trained_on: tuple[str, ...] | None = None  # no choice but a fact: the model's objectives, None if they are not known
 
     def __post_init__(self) -> None:
@@ -227,7 +229,7 @@ class EvaluationSettings:
         for name in ("mask_ratio", "text_mask_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"evaluation {name} is {getattr(self, name)}, expected more than 0 and less than 1")
-        may_be_zero = ("num_bootstrap", "num_examples", "seed", "rerank_top")
+        may_be_zero = ("num_bootstrap", "num_examples", "seed", "rerank_top", "fine_tune_steps", "prompt_tune_steps")
         for name, value in vars(self).items():
             least = 0 if name in may_be_zero else 1
             if isinstance(value, int) and value < least:

@@ -18,9 +18,11 @@ from fedmix.data.phantom import PROMPTS
 from fedmix.evaluation import (
     calibration,
     classification,
+    fine_tuning,
     label_shares,
     language,
     mined_prompts,
+    prompt_tuning,
     regeneration,
     reranking,
     retrieval,
@@ -48,6 +50,8 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/linear_probe": classification.evaluate_linear_probe,
     "classification/few_label_probe": classification.evaluate_few_label_probe,
     "classification/label_shares": label_shares.evaluate_label_shares,
+    "classification/fine_tune": fine_tuning.evaluate_fine_tuning,
+    "classification/prompt_tune": prompt_tuning.evaluate_prompt_tuning,
     "classification/subgroups": subgroups.evaluate_subgroups,
     "classification/calibration": calibration.evaluate_calibration,
     "classification/raw_pixels": classification.evaluate_raw_pixels,
@@ -65,6 +69,8 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
 # What takes longer than all the rest, and the setting that asks for it: re-ranking reads thousands of joint sequences.
 ON_DEMAND: dict[str, str] = {
     "retrieval/reranked": "rerank_top",
+    "classification/fine_tune": "fine_tune_steps",
+    "classification/prompt_tune": "prompt_tune_steps",
 }
 
 
@@ -74,6 +80,7 @@ ALIGNING = ("contrast", "semantic", "local")
 NEEDS: dict[str, tuple[str, ...]] = {
     "classification/zero_shot": ALIGNING,
     "classification/mined_prompts": ALIGNING,
+    "classification/prompt_tune": ALIGNING,
     "classification/triggers": ALIGNING,
     "retrieval": ALIGNING,
     "regeneration": ("mvm",),

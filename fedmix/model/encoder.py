@@ -63,10 +63,11 @@ class TextEmbedding(nn.Module):
         for table in (self.word, self.position, self.tag):
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, words_BL: Tensor) -> Tensor:
-        """Look words and their places up."""
+    def forward(self, words_BL: Tensor, vectors_BLD: Tensor | None = None) -> Tensor:
+        """Look words and their places up; with ``vectors_BLD`` these stand for the words."""
+        word_BLD = self.word(words_BL) if vectors_BLD is None else vectors_BLD
         places_BL = torch.arange(words_BL.shape[1], device=words_BL.device).expand_as(words_BL)
-        tokens_BLD: Tensor = self.word(words_BL) + self.position(places_BL) + self.tag(torch.zeros_like(words_BL))
+        tokens_BLD: Tensor = word_BLD + self.position(places_BL) + self.tag(torch.zeros_like(words_BL))
         return tokens_BLD
 
 
@@ -113,11 +114,17 @@ class MixedModel(nn.Module):
         return self.embed_image.project.weight.device
 
     def encode(
-        self, *, image_BSS: Tensor | None = None, visible_BK: Tensor | None = None, words_BL: Tensor | None = None
+        self,
+        *,
+        image_BSS: Tensor | None = None,
+        visible_BK: Tensor | None = None,
+        words_BL: Tensor | None = None,
+        vectors_BLD: Tensor | None = None,
     ) -> Encoded:
         """Run the trunk over what is there: patches, words, or both as one sequence.
 
-        ``visible_BK`` holds the places of the patches to show; None shows all. Images are grey values in 0..1. What lies
+        ``visible_BK`` holds the places of the patches to show; None shows all. ``vectors_BLD`` is read in place of the words'
+        own vectors; which of them are padding is said by the words all the same. Images are grey values in 0..1. What lies
         elsewhere is sent to the model's device; words should come from the CPU, which is asked which of them are padding.
         """
         tokens: dict[str, Tensor] = {}
@@ -129,7 +136,7 @@ class MixedModel(nn.Module):
             patches_BPC = to_patches(placed(image_BSS, self.device), self.patch_size)
             tokens["image"] = self.embed_image(pick(patches_BPC, visible_BK), visible_BK)
         if words_BL is not None:
-            tokens["text"] = self.embed_text(placed(words_BL, self.device))
+            tokens["text"] = self.embed_text(placed(words_BL, self.device), vectors_BLD)
             is_word_BL = words_BL != PAD
             present_BL = placed(is_word_BL, self.device)
             if not bool(is_word_BL.all()):
@@ -169,6 +176,15 @@ class MixedModel(nn.Module):
     def encode_text(self, words_BL: Tensor) -> Tensor:
         """Unit-norm report embeddings [B, E]; ids are padded with 0."""
         return self.embed("text", self.encode(words_BL=words_BL))
+
+    def word_vectors(self, words_BL: Tensor) -> Tensor:
+        """What words stand for before the trunk reads them, [B, L, D]."""
+        vectors_BLD: Tensor = self.embed_text.word(placed(words_BL, self.device))
+        return vectors_BLD
+
+    def encode_vectors(self, vectors_BLD: Tensor, words_BL: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, E] of texts given by vectors; where ``words_BL`` is 0 there is nothing to read."""
+        return self.embed("text", self.encode(words_BL=words_BL, vectors_BLD=vectors_BLD))
 
     def image_features(self, image_BSS: Tensor) -> Tensor:
         """Summary, mean and maximum of the patch tokens [B, 3 D], for probes."""
