@@ -7,6 +7,7 @@ from __future__ import annotations
 from fedmix.report import learning, markdown, measures, narrative, quantities
 from fedmix.report.method import STAGE_COLUMNS, Method
 from fedmix.report.page import Page
+from fedmix.report.readings import other_ways
 from fedmix.report.summary import Report
 
 HOLDS = {"image": "images", "text": "reports", "paired": "images with their reports"}
@@ -61,7 +62,8 @@ def results(report: Report | None) -> str:
     grid = measures.headline(report)
     sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, grid.settings, strict=True) if setting]
     measured = f"\nMeasured on: {markdown.text('; '.join(sizes))}.\n" if sizes else ""
-    return measures.as_markdown(grid) + measured
+    others = other_ways(report.evaluation)
+    return measures.as_markdown(grid) + measured + (f"\n{markdown.items(others)}" if others else "")
 
 
 def evaluation(report: Report | None) -> str:

@@ -17,7 +17,7 @@ from fedmix.report.history import read_history
 from fedmix.report.learning import Section
 from fedmix.report.measures import Grid
 from fedmix.report.method import Method, read_method
-from fedmix.report.readings import Readings, readings
+from fedmix.report.readings import Readings, other_ways, readings
 from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json
 
 MAX_CONFIG_BYTES = 1 << 18
@@ -47,6 +47,7 @@ class Page:
     central: Section
     findings: Section
     readings: Readings
+    other_ways: tuple[str, ...]
     reranking: tuple[str, ...]
     examples: Examples | None
     examples_absence: str
@@ -88,6 +89,7 @@ def read_page(run_dir: Path) -> Page:
         central=learning.central(history),
         findings=_findings(report),
         readings=readings(report.evaluation.classification if report else None),
+        other_ways=tuple(other_ways(report.evaluation)) if report else (),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
         examples=examples,
         examples_absence=examples_absence,

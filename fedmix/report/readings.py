@@ -1,4 +1,4 @@
-"""What the report shows of the linear probe beyond its headline: shares of the labels, subgroups, calibration."""
+"""What the report shows of findings beyond its headline: shares of the labels, subgroups, calibration, other ways to ask."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from fedmix.report import charts, quantities
 from fedmix.report.measures import LINEAR_PROBE, MEASURES
-from fedmix.report.summary import Calibration, Classification, Classifier, ShareOfLabels
+from fedmix.report.summary import Calibration, Classification, Classifier, Evaluation, MinedPrompts, ShareOfLabels
 
 AUROC = MEASURES[LINEAR_PROBE]
+TUNED = {"fine_tune": "Fine-tuned end to end", "prompt_tune": "With tuned prompts on the frozen model"}
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,59 @@ def readings(found: Classification | None) -> Readings:
     if found is None:
         return Readings()
     whole = found.linear_probe.macro_auroc if found.linear_probe else None
-    shares = {_share_name(name, block): block for name, block in found.label_shares.items()}
     panels: list[charts.IntervalPanel] = []
     notes: list[str] = []
     groups = {f"by {kind}": _sized(blocks) for kind, blocks in found.subgroups.items()}
-    for title, blocks in ({"by share of the labels": shares} | groups).items():
+    for title, blocks in ({"by share of the labels": _named(found.label_shares)} | groups).items():
         panels += _panel(f"Linear probe AUROC {title}", blocks, whole)
         notes += _missing(title, blocks)
+    for title, blocks in (("Fine-tuning", found.fine_tune), ("Tuned prompts", found.prompt_tune)):
+        panels += _panel(f"{title} AUROC by share of the labels", _named(blocks), whole)
     return Readings(tuple(panels), (*notes, *_behind(found), *_calibration(found.calibration)))
+
+
+def other_ways(evaluation: Evaluation) -> list[str]:
+    """What mined prompts, fine-tuning and tuned prompts reach beside what they are compared with, a sentence each.
+
+    What was asked for and could not be done has its reason; what was not asked for, nothing.
+    """
+    found = evaluation.classification or Classification()
+    sentences = list(_mined(found.mined_prompts))
+    for name, how in TUNED.items():
+        if f"classification/{name}" in evaluation.skipped:
+            sentences.append(f"{how}: nothing, for {evaluation.skipped[f'classification/{name}']}.")
+        reached = [
+            f"{quantities.decimal(block.macro_auroc)} on {share} of the labels{_over(block)}"
+            for share, block in _named(getattr(found, name)).items()
+            if block.macro_auroc is not None
+        ]
+        if reached:
+            sentences.append(f"{how}, it reaches a macro AUROC of {quantities.listing(reached)}.")
+    return sentences
+
+
+def _mined(found: MinedPrompts | None) -> Iterator[str]:
+    if found is None or found.macro_auroc is None or found.fixed_prompts is None or found.gain_over_fixed is None:
+        return
+    yield (
+        f"Asked in sentences of reports, it tells {quantities.plural(found.num_labels_scored or 0, 'finding')} apart at a "
+        f"macro AUROC of {quantities.decimal(found.macro_auroc)}; fixed prompts reach "
+        f"{quantities.decimal(found.fixed_prompts)} on them "
+        f"({_difference(found.gain_over_fixed, found.gain_over_fixed_ci95)})."
+    )
+
+
+def _over(block: ShareOfLabels) -> str:
+    gain = block.gain_over_probe
+    return "" if gain is None else f" ({_difference(gain, block.gain_over_probe_ci95)} over a linear probe)"
+
+
+def _difference(value: float, interval: tuple[float, float] | None) -> str:
+    return _signed(value) + (f", {_signed(interval[0])} to {_signed(interval[1])}" if interval else "")
+
+
+def _named(shares: Mapping[str, ShareOfLabels]) -> dict[str, ShareOfLabels]:
+    return {_share_name(name, block): block for name, block in shares.items()}
 
 
 def _share_name(name: str, block: ShareOfLabels) -> str:
@@ -75,7 +121,7 @@ def _missing(title: str, blocks: Mapping[str, Classifier]) -> Iterator[str]:
 def _behind(found: Classification) -> Iterator[str]:
     """Groups whose interval of the difference from all others lies below zero."""
     behind = [
-        f"{name} ({_signed(block.difference)}, {_signed(block.difference_ci95[0])} to {_signed(block.difference_ci95[1])})"
+        f"{name} ({_difference(block.difference, block.difference_ci95)})"
         for blocks in found.subgroups.values()
         for name, block in blocks.items()
         if block.difference is not None and block.difference_ci95 is not None and block.difference_ci95[1] < 0

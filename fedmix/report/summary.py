@@ -82,9 +82,23 @@ class Classifier(Block):
 
 
 class ShareOfLabels(Classifier):
-    """The probe with a share of the labels: the mean over ``draws``, each of other studies."""
+    """What learns from a share of the labels: the mean over ``draws``, each of other studies, and for all but the linear
+    probe what it gains over that on the same studies.
+    """
 
     draws: tuple[Fraction, ...] = ()
+    gain_over_probe: float | None = None
+    gain_over_probe_ci95: Interval | None = None
+
+
+class MinedPrompts(Classifier):
+    """Zero-shot in the words of reports, and what it gains over fixed prompts on the same findings."""
+
+    num_labels_scored: Count | None = None
+    num_reports: Count | None = None
+    fixed_prompts: Fraction | None = None
+    gain_over_fixed: float | None = None
+    gain_over_fixed_ci95: Interval | None = None
 
 
 class Subgroup(Classifier):
@@ -130,8 +144,10 @@ class Classification(Open):
     subgroups: dict[str, dict[str, Subgroup]] = {}
     calibration: Calibration | None = None
     few_label_probe: Classifier | None = None
-    fine_tune: Classifier | None = None
+    fine_tune: dict[str, ShareOfLabels] = {}
+    prompt_tune: dict[str, ShareOfLabels] = {}
     zero_shot: Classifier | None = None
+    mined_prompts: MinedPrompts | None = None
     raw_pixels: Classifier | None = None
     triggers: Triggers | None = None
 

@@ -21,6 +21,7 @@ from fedmix.report import measures, narrative, quantities
 from fedmix.report.history import parse_entry
 from fedmix.report.measures import Cell, Grid
 from fedmix.report.progress import Progress, SiteState
+from fedmix.report.readings import other_ways
 from fedmix.report.summary import Report
 
 MAX_SITE_ROWS = 16  # a taller table would push the progress bar off the screen
@@ -131,7 +132,8 @@ def final_table(report: Report) -> Table:
 
 def remarks(report: Report) -> list[Text]:
     """What the table has no column for, a sentence each."""
-    return [Text(printable(sentence), style="dim") for sentence in narrative.reranking(report.evaluation)]
+    sentences = [*other_ways(report.evaluation), *narrative.reranking(report.evaluation)]
+    return [Text(printable(sentence), style="dim") for sentence in sentences]
 
 
 def grid_table(grid: Grid, first_column: str) -> Table:

@@ -10,8 +10,9 @@ import pytest
 from synthetic_run import report_values
 
 from fedmix.report.html import write_report
-from fedmix.report.readings import Readings, readings
-from fedmix.report.summary import Classification
+from fedmix.report.readings import Readings, other_ways, readings
+from fedmix.report.summary import Classification, Evaluation, read_report
+from fedmix.report.terminal import remarks
 
 REASON = "not enough data: 7 patients, at least 20 are needed"
 
@@ -70,3 +71,54 @@ def test_the_page_holds_them_and_an_older_run_has_no_such_section(make_run: Call
     assert "Labels, subgroups and calibration" in source
     assert "<script" not in source
     assert "<b>:" not in source
+
+
+def asked(**skipped: str) -> Evaluation:
+    """An evaluation with everything that learns from labels or reads reports' sentences, but for what is skipped."""
+    shares = {
+        "1_percent": {"macro_auroc": None, "ci95": None, "reason": "not enough data: 7 labelled studies", "num_train": 7},
+        "100_percent": {
+            "macro_auroc": 0.909, "ci95": [0.9, 0.92], "num_train": 1000, "draws": [0.909],
+            "gain_over_probe": 0.015, "gain_over_probe_ci95": [0.006, 0.022],
+        },
+    }  # fmt: skip
+    sentences = {
+        "macro_auroc": 0.836, "ci95": [0.82, 0.85], "num_labels_scored": 9, "fixed_prompts": 0.835,
+        "gain_over_fixed": 0.001, "gain_over_fixed_ci95": [-0.002, 0.004],
+    }  # fmt: skip
+    found = {"fine_tune": shares, "prompt_tune": shares, "mined_prompts": sentences}
+    found = {name: block for name, block in found.items() if name not in skipped}
+    return Evaluation.model_validate(
+        {"classification": values() | found, "skipped": {f"classification/{name}": why for name, why in skipped.items()}}
+    )
+
+
+def test_what_learns_from_labels_is_told_beside_the_probe_and_what_was_not_asked_for_is_silent() -> None:
+    mined, tuned, prompts = other_ways(asked())
+    assert (
+        "tells 9 findings apart at a macro AUROC of 0.836; fixed prompts reach 0.835 on them (+0.001, \N{MINUS SIGN}0.002"
+        in mined
+    )
+    assert tuned == (
+        "Fine-tuned end to end, it reaches a macro AUROC of 0.909 on 100 % (1,000) of the labels "
+        "(+0.015, +0.006 to +0.022 over a linear probe)."
+    )
+    assert prompts.startswith("With tuned prompts on the frozen model, it reaches")
+    assert other_ways(Evaluation.model_validate({"classification": values()})) == []
+    assert other_ways(Evaluation()) == []
+    refused = other_ways(asked(fine_tune="the encoder has no weights to train further"))
+    assert "Fine-tuned end to end: nothing, for the encoder has no weights to train further." in refused
+
+
+def test_the_page_the_terminal_and_the_card_tell_it(make_run: Callable[..., Path]) -> None:
+    changed = report_values()
+    changed["evaluation"]["classification"] |= asked().model_dump(by_alias=True, exclude_unset=True)["classification"]
+    folder = make_run(**changed)
+    page = write_report(folder).read_text()
+    assert "Fine-tuning AUROC by share of the labels" in page
+    assert "Tuned prompts AUROC by share of the labels" in page
+    for text in (page, (folder / "report.md").read_text(), (folder / "model_card.md").read_text()):
+        assert "Fine-tuned end to end, it reaches a macro AUROC of 0.909" in text.replace("\N{NO-BREAK SPACE}", " ")
+    said = " ".join(remark.plain for remark in remarks(read_report(folder)))
+    assert "Fine-tuned end to end" in said
+    assert "Asked in sentences of reports" in said
