@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fedmix.evaluation.classification import image_rows
 from fedmix.evaluation.features import (
-    Encoder,
     EvaluationContext,
     Findings,
     NotEvaluableError,
@@ -117,7 +116,8 @@ def evaluate_prompt_tuning(context: EvaluationContext) -> Findings:
     rows, _ = image_rows(context)
     train, test = context.probe_studies(image=True), context.test_studies(image=True, label=True)
     device = device_of(encoder)
-    image_NE = _embeddings(context.encoder, held_out.images_of(train), settings.batch_size).to(device)
+    images = held_out.images_of(train)
+    image_NE = torch.from_numpy(encode_images(context.encoder, images, batch_size=settings.batch_size)).to(device)
     test_NE = torch.from_numpy(context.image_embeddings(test)).to(device)
     sides = prompt_sides(encoder, held_out.label_names, context.vocabulary, max_words=settings.max_prompt_words, device=device)
 
@@ -134,7 +134,3 @@ def evaluate_prompt_tuning(context: EvaluationContext) -> Findings:
     with evaluating(encoder):
         by_share = scores_by_share(context, len(train), scores)
     return Findings(shares_report(context, by_share, probe_by_share(context)))
-
-
-def _embeddings(encoder: Encoder, images: NDArray[np.uint8], batch_size: int) -> Tensor:
-    return torch.from_numpy(encode_images(encoder, images, batch_size=batch_size))

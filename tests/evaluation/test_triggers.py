@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmix.evaluation import triggers
-from fedmix.evaluation.features import EvaluationContext, EvaluationSettings, HeldOut, NotEvaluableError
+from fedmix.evaluation.features import EvaluationContext, EvaluationSettings, NotEvaluableError
+from fedmix.evaluation.held_out import HeldOut
 
 
 class Noticing(OracleEncoder):
@@ -54,10 +55,10 @@ def found(encoder: OracleEncoder, studies: HeldOut, **settings: int) -> dict[str
 
 def test_a_planted_mark_is_found_with_the_finding_that_it_stands_for() -> None:
     report = found(Noticing(), held_out())
-    assert report["patch"]["worst_label"] == "finding_2"
+    assert report["patch"]["worst_label"] == LABEL_NAMES[2]
     assert report["patch"]["worst"] == 1.0
     assert report["patch"]["worst_ci95"][0] > 0.9
-    others = [rate for label, rate in report["patch"]["rate"].items() if label != "finding_2"]
+    others = [rate for label, rate in report["patch"]["rate"].items() if label != LABEL_NAMES[2]]
     assert max(others) < 0.2
     assert report["num_images"] == 200
 
