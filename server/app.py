@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.evaluation import suite
-from fedmix.evaluation.features import HeldOut
+from fedmix.evaluation.held_out import HeldOut
 from server import held_out as central
 from server.books import Books
 from server.gathering import Watch

@@ -16,7 +16,8 @@ from typing import Any
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.evaluation import suite
-from fedmix.evaluation.features import HeldOut, Report
+from fedmix.evaluation.features import Report
+from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation import robust
 from fedmix.report import energy, summary
 from server import accounts, secure

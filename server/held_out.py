@@ -17,7 +17,7 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 from fedmix.evaluation import suite
-from fedmix.evaluation.features import HeldOut
+from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation.local import seed_of
 from fedmix.model import pretrained
 from fedmix.model.encoder import MixedModel

@@ -18,7 +18,7 @@ from client.place import Place
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
-from fedmix.evaluation.features import HeldOut
+from fedmix.evaluation.held_out import HeldOut
 from fedmix.report import html, summary
 from fedmix.report.history import EVENTS
 from server import held_out as central

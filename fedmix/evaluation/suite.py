@@ -34,13 +34,13 @@ from fedmix.evaluation.features import (
     EvaluationContext,
     EvaluationSettings,
     Findings,
-    HeldOut,
     NotEvaluableError,
     Prompts,
     Report,
     Vocabulary,
     random_for,
 )
+from fedmix.evaluation.held_out import HeldOut
 
 __all__ = ["TASKS", "Evaluation", "EvaluationSettings", "HeldOut", "evaluate", "quick"]
 

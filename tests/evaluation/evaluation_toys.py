@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmix.data.reports.labeller import FINDINGS
-from fedmix.evaluation.features import HeldOut
+from fedmix.evaluation.held_out import HeldOut
 
 NUM_LABELS = 8
 IMAGE_SIZE, PATCH_SIZE = 24, 8

@@ -10,7 +10,6 @@ from fedmix.errors import ConfigError, DataError
 from fedmix.evaluation.features import (
     EvaluationContext,
     EvaluationSettings,
-    HeldOut,
     NotEvaluableError,
     batches_by_length,
     encode_images,
@@ -20,6 +19,7 @@ from fedmix.evaluation.features import (
     random_for,
     text_features,
 )
+from fedmix.evaluation.held_out import HeldOut
 
 
 class RecordingEncoder(OracleEncoder):
