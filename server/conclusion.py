@@ -71,7 +71,10 @@ def kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, An
 
 def _evaluated(experiment: config.Experiment) -> str:
     """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
-    wanted = [experiment.data.held_out.model_dump(mode="json"), experiment.evaluation.model_dump(mode="json")]
+    wanted = [
+        experiment.data.held_out.model_dump(mode="json"),
+        experiment.evaluation.model_dump(mode="json", exclude={"at_sites"}),
+    ]
     if experiment.model.warm_start is not None:
         wanted.append(warm_start_hashes(experiment))
     return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,8 @@
 | public_init | what training begins with: the files of model.warm_start, never trained here |
 | fedavg_all, modality_exact, fedcola | this experiment's stages under that rule of aggregation |
 | paired_only | the stages of the paired sites alone, averaged by FedAvg |
-| local_only, best_site | each paired site for itself (each site where none has pairs); the better one is the best site |
+| local_only, best_site | each paired site for itself (each site where none has pairs, or where sites score models |
+| | themselves: evaluation.at_sites); the better one of the former is the best site |
 | one_shot | every stage as one round: a site takes all of its steps at once, and models are averaged once |
 | centralised | all data in one place, EQUAL SAMPLES and batch size: every batch the sites would see, one after the other, |
 | | so as many steps in sequence as all sites together take |
@@ -133,7 +134,8 @@ def federated(experiment: config.Experiment, name: str) -> dict[str, config.Expe
     """
     other, wanted = config.variant(experiment, name), experiment.baselines[name]
     if name in LOCAL_ONLY:
-        return {f"site_{site.name}": _alone(other, site) for site in _lonely(other)}
+        sites = other.data.sites if other.evaluation.at_sites else lonely(other)
+        return {alone_name(site): _alone(other, site) for site in sites}
     if name == "one_shot":
         return {name: one_shot(other)}
     if name in RULES and "rule" not in _section(wanted, "aggregation"):
@@ -160,8 +162,13 @@ def best(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     return next(iter(evaluations))
 
 
-def _lonely(experiment: config.Experiment) -> list[config.Site]:
-    """The sites worth training alone: those with pairs, for no other learns both kinds; all where none has pairs."""
+def alone_name(site: config.Site) -> str:
+    """What the run of a site that trains for itself is called in the report."""
+    return f"site_{site.name}"
+
+
+def lonely(experiment: config.Experiment) -> list[config.Site]:
+    """The sites among which the best is looked for: those with pairs, for no other learns both kinds; all where none has."""
     paired = [site for site in experiment.data.sites if site.stream == "paired"]
     return paired or list(experiment.data.sites)
 

@@ -8,9 +8,11 @@ from pydantic import Field, JsonValue, model_validator
 
 from fedmix.config.base import Count, Name, OpenFraction, Positive, Section
 
+MIN_PATIENTS = 20  # fewest held-out patients of whom a site's score leaves, unless the site's policy says otherwise
+
 
 class Evaluation(Section):
-    """Central evaluation on the held-out set."""
+    """Central evaluation on the held-out set, and the sites' own on theirs."""
 
     every: int = Field(default=0, ge=0, description="rounds between quick evaluations for the learning curve; 0 is none")
     gallery: Count = 500
@@ -28,6 +30,11 @@ class Evaluation(Section):
         ge=0,
         description="candidates of each retrieval query that the match head puts in order anew, beside the plain numbers; 0 is "
         "none, 20 is a start",
+    )
+    at_sites: bool = Field(
+        default=False,
+        description="after the last round each site scores the model on patients of its own that it never trained on, and "
+        "sends sums; baselines.local_only then trains every site alone, so that the report shows what each one got",
     )
 
 
