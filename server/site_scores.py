@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from flwr.serverapp import Grid
 from fedmix import config
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import scoring
-from fedmix.federation.update import base_of, digests
+from fedmix.federation.update import base_of, digests, tower_of
 from fedmix.report import summary
+from fedmix.report.history import read_history
 from server import messages
 from server.books import Books
 from server.roster import Roster
 from server.store import Committed, RunStore
 
+Sums = Mapping[str, Sequence[float]]  # measure -> sum and weight
 NO_ANSWER = "did not answer in time"
 
 
@@ -36,6 +38,46 @@ def kept(experiment: config.Experiment, folder: Path) -> dict[str, Any] | None:
         return None
     sites: dict[str, Any] = found.get("sites", {})
     return sites if found.get("of") == _asked(experiment) else None
+
+
+def value_of(experiment: config.Experiment, folder: Path, alone: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
+    """What report.json says of each site beside its counts; nothing where sites were not asked.
+
+    ``scores``: by measure the federation's mean, what it is over, and the mean of the model that the site trained ``alone``
+    (None where it was not). ``unscored``: why there is none. ``shares``: its part of what moved each part of the model.
+    """
+    if not experiment.evaluation.at_sites:
+        return {}
+    found, shares = kept(experiment, folder) or {}, _shares(folder)
+    told: dict[str, dict[str, Any]] = {}
+    for site in experiment.data.sites:
+        said = found.get(site.name, {"why": "takes part in no stage"})
+        told[site.name] = {"shares": shares.get(site.name, {})}
+        if not said.get("scores"):
+            told[site.name]["unscored"] = said.get("why", "too few patients")
+            continue
+        own = alone.get(site.name, {})
+        told[site.name]["scores"] = {
+            name: {"value": total / weight, "weight": weight, "alone": own[name][0] / own[name][1] if name in own else None}
+            for name, (total, weight) in said["scores"].items()
+        }
+    return told
+
+
+def _shares(folder: Path) -> dict[str, dict[str, float]]:
+    """By site and tower: its weights over all rounds and parameter groups, over those of all sites."""
+    sums: dict[str, dict[str, float]] = {}
+    for entry in read_history(folder / "metrics.jsonl").of("aggregate"):
+        for path, weight in entry.values.items():
+            if path.startswith("weight/"):
+                _, group, site = path.split("/")
+                of_tower = sums.setdefault(tower_of(group), {})
+                of_tower[site] = of_tower.get(site, 0.0) + weight
+    shares: dict[str, dict[str, float]] = {}
+    for tower, weights in sums.items():
+        for site, weight in weights.items():
+            shares.setdefault(site, {})[tower] = weight / sum(weights.values()) if weight else 0.0
+    return shares
 
 
 def is_due(experiment: config.Experiment, folder: Path) -> bool:

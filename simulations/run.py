@@ -92,7 +92,7 @@ def simulate(
         for name in experiment.baselines:
             on_method(name)
             found |= _baseline(experiment, name, out / "baselines", ready)
-        write_report(experiment, store, evaluation, found)
+        write_report(experiment, store, evaluation, found, _scores_alone(experiment, out / "baselines"))
         return html.write_report(out)
     except (FedmixError, OSError) as error:
         store.finish("failed", str(error))
@@ -183,6 +183,14 @@ def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Rea
         best = baselines.best({one: found[one]["report"] for one in candidates})
         found[baselines.BEST_SITE] = found[best] | {"site": best, "seconds": 0.0}
     return found
+
+
+def _scores_alone(experiment: config.Experiment, folder: Path) -> dict[str, site_scores.Sums]:
+    """By site, what it scores the model that it trained for itself; nothing unless baselines and sites were asked for that."""
+    if not set(baselines.LOCAL_ONLY) & set(experiment.baselines):
+        return {}
+    found = {site.name: site_scores.kept(experiment, folder / baselines.alone_name(site)) for site in experiment.data.sites}
+    return {site: of_run[site].get("scores", {}) for site, of_run in found.items() if of_run is not None}
 
 
 def _pooled(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, Any]:
