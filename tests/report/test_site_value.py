@@ -1,0 +1,92 @@
+"""What each hospital gave and got: shown where it was measured, and never claimed of a hospital that measured nothing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from synthetic_run import report_values
+
+from fedmix.report import narrative, site_value
+from fedmix.report.html import write_report
+from fedmix.report.summary import Report, build_report, parse_report, write_json
+from fedmix.report.terminal import remarks
+
+PSNR, BITS, RANK = "score/psnr_db", "score/bits_per_token", "score/r1_of_32"
+
+
+def scored(**by_site: dict[str, Any]) -> dict[str, Any]:
+    """Values of a report in which some sites say more than their counts."""
+    values = report_values()
+    values["sites"] = [site | by_site.get(site["name"], {}) for site in values["sites"]]
+    return values
+
+
+def report(**by_site: dict[str, Any]) -> Report:
+    return parse_report(build_report(**scored(**by_site)))
+
+
+def score(value: float, alone: float | None, weight: float = 200.0) -> dict[str, Any]:
+    return {"value": value, "weight": weight, "alone": alone}
+
+
+HILL = {"scores": {PSNR: score(21.5, 20.0), RANK: score(0.5, 0.25)}, "shares": {"shared": 0.4, "pair": 1.0}}
+WEST = {"scores": {BITS: score(3.0, 3.5)}, "shares": {"shared": 0.2, "text": 0.5}}
+NORTH = {"unscored": "too few patients", "shares": {"image": 0.25}}
+
+
+def test_fewer_bits_and_more_decibels_are_both_better() -> None:
+    found = {(line.site.name, line.texts[2].split(" (")[0]): line for line in site_value.lines(report(hill=HILL, west=WEST))}
+    assert found["west", "bits per hidden word"].texts[3:] == ("3.500", "3.000", "0.500 better")
+    assert found["hill", "PSNR of hidden patches"].texts[3:] == ("20.00 dB", "21.50 dB", "1.50 dB better")
+    assert found["hill", "R@1 among 32"].texts[2:] == ("R@1 among 32 (200 queries)", "25.0 %", "50.0 %", "25.0 % better")
+    worse = site_value.lines(report(west={"scores": {BITS: score(4.0, 3.5)}}))
+    assert worse[0].texts[-1] == "0.500 worse"
+    assert worse[0].gain == -0.5
+
+
+def test_a_hospital_gave_its_studies_bytes_and_weight() -> None:
+    texts = [line.texts[1] for line in site_value.lines(report(hill=HILL))]
+    assert all(text.endswith("; weight 40 % shared, 100 % pair") for text in texts)
+    assert all(" pairs; " in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("sites", "expected"),
+    [
+        ({"hill": HILL, "west": WEST}, "2 of 2 hospitals gained on every measure of its own."),
+        (
+            {"hill": HILL, "west": {"scores": {BITS: score(4.0, 3.5)}}},
+            "1 of 2 hospitals gained on every measure of its own. Not on all of its own: west.",
+        ),
+        (
+            {"hill": HILL, "north": NORTH, "west": {"scores": {BITS: score(4.0, None)}}},
+            "1 of 3 hospitals gained on every measure of its own. Not compared: north and west.",
+        ),
+        ({"north": NORTH}, "No hospital's model of its own was scored, so nothing says what any of them gained."),
+    ],
+)
+def test_the_verdict_counts_only_what_was_measured(sites: dict[str, Any], expected: str) -> None:
+    assert site_value.verdict(site_value.lines(report(**sites))) == expected
+
+
+def test_every_page_shows_the_table_and_says_that_sums_left(run_dir: Path) -> None:
+    write_json(run_dir / "report.json", build_report(**scored(hill=HILL, north=NORTH)))
+    html, text = write_report(run_dir).read_text(), (run_dir / "report.md").read_text()
+    for page in (html, text):
+        assert "What each hospital gave and got" in page
+        assert "no score: too few patients" in page
+        assert "21.50 dB" in page
+        assert "No noise covers these sums." in page
+    file = io.StringIO()
+    Console(file=file, width=100).print(*remarks(report(hill=HILL, north=NORTH)))
+    assert "1.50 dB better" in file.getvalue()
+
+
+def test_nothing_is_shown_where_nothing_was_asked(run_dir: Path) -> None:
+    assert site_value.lines(report()) == ()
+    assert "hospital gave" not in write_report(run_dir).read_text()
+    assert not [sentence for sentence in narrative.protection(report()) if "sent sums" in sentence]
