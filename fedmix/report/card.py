@@ -31,8 +31,8 @@ def report_markdown(page: Page) -> str:
         gaps = "; ".join(f"{title} {text}" for title, text in page.gaps)
         parts.append(f"Recovered gap from the best single site to pooled data: {markdown.text(gaps)}. Point estimates.\n")
     parts += ["## Method\n", method(page.method, page.method_absence), "## Sites\n", sites(page.report)]
-    if page.site_value:
-        parts += ["## What each hospital gave and got\n", site_value.as_markdown(page.site_value)]
+    if page.site_value or page.contributions:
+        parts += ["## What each hospital gave and got\n", site_value.as_markdown(page.site_value, page.contributions)]
     parts += _ending(page)
     return "\n".join(parts)
 

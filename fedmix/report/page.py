@@ -52,6 +52,7 @@ class Page:
     examples_absence: str
     absences: Mapping[str, int]
     site_value: tuple[site_value.Line, ...]
+    contributions: tuple[str, ...]
     times: tuple[TimeShare, ...]
     limits: tuple[str, ...]
     every_number: tuple[tuple[str, ...], list[tuple[str, list[str]]]] | None
@@ -94,6 +95,7 @@ def read_page(run_dir: Path) -> Page:
         examples_absence=examples_absence,
         absences=history.absences(),
         site_value=site_value.lines(report) if report else (),
+        contributions=site_value.contributions(report) if report else (),
         times=tuple(_times(report)) if report else (),
         limits=tuple(narrative.limits(report, examples.source if examples else None)) if report else (),
         every_number=measures.every_number(report) if report and has_evaluation else None,

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedmix.report import markdown, quantities
-from fedmix.report.summary import Report, Site, SiteScore
+from fedmix.report import markdown, measures, quantities
+from fedmix.report.summary import Evaluation, Report, Site, SiteScore
 
 HEAD = ("hospital", "gave", "measure", "alone", "federation", "got")
 ABOUT = (
     "Each hospital scored the last model on patients of its own that it never trained on, and sent sums. Alone: the model that "
     "it trained for itself in as many steps of its own. Weight: its part of what moved each part of the model."
 )
+WITHOUT = "without_"  # begins the name of the baseline that left a site out
 HELD = {"image": "images", "text": "reports", "paired": "pairs"}
 TOWERS = ("shared", "image", "text", "pair")
 
@@ -56,6 +57,26 @@ def lines(report: Report) -> tuple[Line, ...]:
     return tuple(found)
 
 
+def contributions(report: Report) -> tuple[str, ...]:
+    """For each site that was left out once, what the central evaluation says with it and without it; of the others nothing."""
+    return tuple(
+        f"With and without {site.name}: {quantities.listing(changes)}."
+        for site in report.sites
+        if (other := report.baselines.get(f"{WITHOUT}{site.name}"))
+        and (changes := _changes(report.evaluation, other.evaluation))
+    )
+
+
+def _changes(whole: Evaluation, without: Evaluation) -> list[str]:
+    """Measures that both have, in the order of the headline table."""
+    found = [(measure, measure.read(whole).value, measure.read(without).value) for measure in measures.MEASURES]
+    return [
+        f"{measure.title} {measure.show(ours)} and {measure.show(theirs)} {measure.unit}".rstrip()
+        for measure, ours, theirs in found
+        if ours is not None and theirs is not None
+    ]
+
+
 def verdict(found: Sequence[Line]) -> str:
     """Who gains, in a sentence that claims nothing of a hospital that did not measure it."""
     asked = list(dict.fromkeys(line.site.name for line in found))
@@ -70,11 +91,11 @@ def verdict(found: Sequence[Line]) -> str:
     return f"{len(winners)} of {quantities.plural(len(asked), 'hospital')} gained on every measure of its own.{others}{rest}"
 
 
-def as_markdown(found: Sequence[Line]) -> str:
-    """The table and its sentences."""
-    return f"{markdown.text(verdict(found))} {markdown.text(ABOUT)}\n\n" + markdown.table(
-        HEAD, [line.texts for line in found], num_words=3
-    )
+def as_markdown(found: Sequence[Line], contributed: Sequence[str]) -> str:
+    """The table and its sentences, and what was said of sites that were left out."""
+    table = markdown.table(HEAD, [line.texts for line in found], num_words=3)
+    about = f"{markdown.text(verdict(found))} {markdown.text(ABOUT)}\n\n{table}\n" if found else ""
+    return about + markdown.items(contributed)
 
 
 def gave(site: Site) -> str:

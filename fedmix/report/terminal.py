@@ -131,9 +131,8 @@ def final_table(report: Report) -> Table:
 
 def remarks(report: Report) -> list[RenderableType]:
     """What the table has no column for, a sentence each, and what each hospital got where they measured it."""
-    sentences: list[RenderableType] = [
-        Text(printable(sentence), style="dim") for sentence in narrative.reranking(report.evaluation)
-    ]
+    said = [*narrative.reranking(report.evaluation), *site_value.contributions(report)]
+    sentences: list[RenderableType] = [Text(printable(sentence), style="dim") for sentence in said]
     found = site_value.lines(report)
     return [*sentences, Text(), value_table(found)] if found else sentences
 

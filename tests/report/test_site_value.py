@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic_run import report_values
+from synthetic_run import evaluation, report_values
 
 from fedmix.report import narrative, site_value
 from fedmix.report.html import write_report
@@ -90,3 +90,16 @@ def test_nothing_is_shown_where_nothing_was_asked(run_dir: Path) -> None:
     assert site_value.lines(report()) == ()
     assert "hospital gave" not in write_report(run_dir).read_text()
     assert not [sentence for sentence in narrative.protection(report()) if "sent sums" in sentence]
+
+
+def test_a_site_that_was_left_out_once_has_what_the_federation_lost(run_dir: Path) -> None:
+    values = report_values()
+    ours, other = values["evaluation"], evaluation(0.6, 9)
+    values["baselines"]["without_hill"] = {"evaluation": other}
+    found = site_value.contributions(parse_report(build_report(**values)))
+    (sentence,) = found
+    assert sentence.startswith("With and without hill: Zero-shot AUROC ")
+    assert f"PSNR {ours['regeneration']['psnr_db']:.2f} and {other['regeneration']['psnr_db']:.2f} dB" in sentence
+    write_json(run_dir / "report.json", build_report(**values))
+    assert "With and without hill" in write_report(run_dir).read_text()
+    assert "With and without hill" in (run_dir / "report.md").read_text()
