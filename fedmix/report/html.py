@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmix.errors import RunError
-from fedmix.report import card, charts, comparison, learning, measures, quantities, site_value
+from fedmix.report import card, charts, comparison, learning, measures, quantities, site_value, study_value
 from fedmix.report.attacked import MARKED
 from fedmix.report.forest import forest
 from fedmix.report.method import STAGE_COLUMNS
@@ -64,6 +64,7 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
             costs=comparison.COSTS,
             gap_sentence=comparison.gap_sentence,
             marked=MARKED,
+            study_value=study_value,
         )
         write_text(path, drawn)
     return path

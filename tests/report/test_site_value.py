@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from synthetic_run import evaluation, report_values
+from synthetic_study import write_study
 
-from fedmix.report import narrative, site_value
+from fedmix.report import html, narrative, site_value, study_value
+from fedmix.report.comparison import compared
 from fedmix.report.html import write_report
+from fedmix.report.quantities import DASH
+from fedmix.report.study import read_study
+from fedmix.report.study_terminal import study_tables
 from fedmix.report.summary import Report, build_report, parse_report, write_json
 from fedmix.report.terminal import remarks
 
@@ -103,3 +109,38 @@ def test_a_site_that_was_left_out_once_has_what_the_federation_lost(run_dir: Pat
     write_json(run_dir / "report.json", build_report(**values))
     assert "With and without hill" in write_report(run_dir).read_text()
     assert "With and without hill" in (run_dir / "report.md").read_text()
+
+
+def valued(folder: Path, gains: Sequence[float]) -> Path:
+    """A study whose seeds have west's bits alone and with the federation, which are better by ``gains``."""
+    write_study(folder)
+    for seed, gain in enumerate(gains, 1):
+        values = scored(west={"scores": {BITS: score(3.0, 3.0 + gain), PSNR: score(20.0, None)}})
+        write_json(folder / f"plentiful/seed-{seed}/report.json", build_report(**values))
+    return folder
+
+
+def test_a_study_takes_differences_within_a_seed_and_gives_their_interval(tmp_path: Path) -> None:
+    found = read_study(valued(tmp_path / "study", (0.1, 0.2, 0.3)))
+    bits, psnr = study_value.rows(found, "plentiful")
+    assert bits.got is not None
+    assert bits.got.mean == pytest.approx(0.2)
+    half = 4.302652729911275 * 0.1 / 3**0.5  # t for two degrees of freedom
+    assert bits.got.interval == pytest.approx((0.2 - half, 0.2 + half))
+    assert bits.texts == ("west", "bits per hidden word", "3.200", "3.000", "+0.200", "\N{MINUS SIGN}0.048 to +0.448")
+    assert (psnr.got, psnr.alone, psnr.texts[2:]) == (None, None, (DASH, "20.00 dB", DASH, ""))
+    assert study_value.rows(found, "scarce") == ()
+    told = study_value.as_json(found, "plentiful")["west"]
+    assert told[BITS]["got"]["n"] == 3
+    assert told[PSNR]["alone"] is None
+
+
+def test_a_study_shows_what_each_hospital_got_on_every_page(tmp_path: Path) -> None:
+    folder = valued(tmp_path / "study", (0.1, 0.1, 0.1))
+    found = read_study(folder)
+    pages = [html.write_study(folder / f"compare.{kind}", [found]).read_text() for kind in ("html", "md")]
+    file = io.StringIO()
+    Console(file=file, width=80).print(*study_tables(compared(found), 80))
+    for page in (*pages, file.getvalue()):
+        assert "bits per hidden word" in page
+        assert "+0.100" in page
