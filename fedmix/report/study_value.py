@@ -15,7 +15,7 @@ from fedmix.report.summary import Site
 
 HEAD = ("hospital", "measure", "alone", "federation", "got", "interval")
 ABOUT = (
-    "Means over seeds on each hospital's own held-out patients; got is the mean of the differences within a seed, with its 95 % "
+    "Means over seeds on each hospital's own held-out patients; got is the mean of the differences within a seed, and its 95 % "
     "interval (Student's t), above zero where the federation is better."
 )
 

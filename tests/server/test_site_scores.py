@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from flwr.app import Message, RecordDict
 from little import Change, DirectGrid, World, failing, scoring
+from test_books import PLAN, Registered
 
 from fedmix import config
 from fedmix.data.shard import Shard
+from fedmix.deployment.ledger import Ledger, verify
 from fedmix.federation import scoring as measures
 from fedmix.federation.local import seed_of
 from fedmix.objectives.masking import WordIds
 from server import held_out as central
 from server import site_scores
+from server.books import Books
 from server.roster import Roster
 from server.store import Committed
 
@@ -146,3 +149,25 @@ def test_only_sites_that_train_are_asked_and_none_unless_it_is_wanted(trained: t
     unasked = config.build(values | {"evaluation": {}})
     assert not site_scores.is_due(unasked, tmp_path)
     assert unasked.fingerprint() == alone.experiment.fingerprint()
+
+
+def test_over_real_sites_the_question_and_its_answers_are_in_the_ledger(
+    trained: tuple[World, Committed], tmp_path: Path
+) -> None:
+    world, committed = trained[0].afresh(tmp_path), trained[1]
+    books = Books(Ledger(tmp_path / "ledger.jsonl"), PLAN)
+    grid = Registered(world, ["north", "south", "west"], south=failing)
+    who = Roster(grid, world.experiment, books=books)
+    site_scores.gather(grid, world.experiment, world.store, who, committed, books)
+    entries = [entry for entry in books.ledger.entries() if entry["kind"] == "evaluate"]
+    assert verify(tmp_path / "ledger.jsonl").entries == 6 + len(entries) == 12
+    assert [(entry["event"], entry["peer"]) for entry in entries if entry["direction"] == "out"] == [
+        ("sent", site) for site in ("north", "south", "west")
+    ]
+    assert {entry["peer"]: entry["why"] for entry in entries if entry["direction"] == "in"} == {
+        "north": None,
+        "south": "on purpose",
+        "west": None,
+    }
+    asked = next(message for site, message in grid.sent if message.metadata.message_type == "evaluate" and site == "north")
+    assert asked.content.config_records["order"]["ledger"] == entries[0]["hash"]
