@@ -77,6 +77,21 @@ def test_each_site_scores_the_last_model_on_its_own_patients(trained: tuple[Worl
         assert {measure: tuple(pair) for measure, pair in found[site.name]["scores"].items()} == expected
 
 
+def test_the_report_says_what_each_site_gave_and_got(trained: tuple[World, Committed]) -> None:
+    world = trained[0]
+    alone = {"north": {"score/psnr_db": (200.0, 20.0)}}
+    found = site_scores.value_of(world.experiment, world.store.folder, alone)
+    total, weight = kept(world)["north"]["scores"]["score/psnr_db"]
+    assert found["north"]["scores"]["score/psnr_db"] == {"value": total / weight, "weight": weight, "alone": 10.0}
+    assert found["south"]["scores"]["score/bits_per_token"]["alone"] is None
+    shares = {site: one["shares"] for site, one in found.items()}
+    assert [set(shares[site]) for site in ("north", "south")] == [{"shared", "image"}, {"shared", "text"}]
+    for tower in ("shared", "image", "text", "pair"):
+        assert sum(each.get(tower, 0.0) for each in shares.values()) == pytest.approx(1.0)
+    assert shares["west"]["pair"] == 1.0
+    assert site_scores.value_of(config.build(world.experiment.model_dump(mode="json") | {"evaluation": {}}), Path(), {}) == {}
+
+
 def test_a_run_that_is_taken_up_asks_only_what_was_never_answered(trained: tuple[World, Committed]) -> None:
     world, kinds = trained[0], list[str]()
 
