@@ -25,6 +25,7 @@ from torch import Tensor
 from client import gate, messages, parameters, ranks, secure_jobs
 from client.home import Home
 from client.place import Materials, Place, check_shard, experiment_of, learner_of, materials, rows_of, site_of, stage_of
+from client.scores import scores
 from client.state import SiteState
 from fedmix.data.shard import Shard
 from fedmix.errors import ConfigError, DataError, FedmixError, PolicyError
@@ -45,7 +46,7 @@ Job = Callable[[Message, Place], Message]
 
 def build_app(locate: Locate) -> ClientApp:
     """A ClientApp for the node that ``locate`` describes: a simulated place, or a hospital's home, whose policy rules."""
-    return _app(_greet, _train, secure_jobs.PHASES, locate)
+    return _app(_greet, _train, scores, secure_jobs.PHASES, locate)
 
 
 def build_refusal(why: str, locate: Locate) -> ClientApp:
@@ -54,14 +55,15 @@ def build_refusal(why: str, locate: Locate) -> ClientApp:
     def refuse(message: Message, place: Place) -> Message:
         raise PolicyError(why)
 
-    return _app(refuse, refuse, dict.fromkeys(secure_jobs.PHASES, refuse), locate)
+    return _app(refuse, refuse, refuse, dict.fromkeys(secure_jobs.PHASES, refuse), locate)
 
 
-def _app(greet: Job, train: Job, phases: Mapping[str, Job], locate: Locate) -> ClientApp:
+def _app(greet: Job, train: Job, score: Job, phases: Mapping[str, Job], locate: Locate) -> ClientApp:
     """A ClientApp of one job for each kind of message; ``phases``: those of a secure sum, by name."""
     app = ClientApp()
     app.query()(partial(_answer, greet, locate))
     app.train()(partial(_answer, train, locate))
+    app.evaluate()(partial(_answer, score, locate))
     for name, job in phases.items():
         app.query(name)(partial(_answer, job, locate))
     return app
@@ -116,7 +118,15 @@ def from_node_config(context: Context) -> Place | Home:
 
 def _place(home: Home, admitted: gate.Admitted) -> Place:
     """Where a job that the gate has admitted finds its files."""
-    return Place(admitted.site, admitted.experiment_file, admitted.shard, home.state, home.key, admitted.keys)
+    return Place(
+        admitted.site,
+        admitted.experiment_file,
+        admitted.shard,
+        home.state,
+        home.key,
+        admitted.keys,
+        admitted.policy.min_patients,
+    )
 
 
 def _trained_shapes(admitted: gate.Admitted, round_number: int) -> gate.Shapes:

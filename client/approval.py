@@ -20,12 +20,16 @@ from fedmix.deployment import plan as plans
 from fedmix.disk import flush, reason_of
 from fedmix.errors import ConfigError, FedmixError, PolicyError
 from fedmix.federation.compression import parts_of
+from fedmix.federation.scoring import measures_of
 from fedmix.federation.update import group_of
 
 
 @dataclass(frozen=True)
 class Review:
-    """A plan as this site sees it: what it says, what would leave, and why it could not be approved, if it could not."""
+    """A plan as this site sees it: what it says, what would leave, and why it could not be approved, if it could not.
+
+    ``scores``: measures of this site's held-out patients that the plan asks for; ``keeps_scores``: the policy says no to some.
+    """
 
     digest: str
     plan: plans.Plan
@@ -33,6 +37,8 @@ class Review:
     rounds: int
     groups: tuple[str, ...]
     bytes_a_round: int
+    scores: tuple[str, ...]
+    keeps_scores: bool
     is_same_code: bool
     is_same_lock: bool
     other_versions: tuple[str, ...]
@@ -46,6 +52,7 @@ def review(home: Home, path: Path) -> Review:
     site = next((site for site in experiment.data.sites if site.name == name), None)
     stages = [] if site is None else [one for one in experiment.stages if site in config.sites_of(one, experiment.data.sites)]
     groups, num_bytes = ((), 0) if site is None else _leaving(experiment, site.stream)
+    scores = () if site is None or not experiment.evaluation.at_sites else measures_of(site.stream, experiment.trained_on)
     return Review(
         digest=digest,
         plan=plan,
@@ -53,6 +60,8 @@ def review(home: Home, path: Path) -> Review:
         rounds=sum(stage.rounds for stage in stages),
         groups=groups,
         bytes_a_round=num_bytes,
+        scores=scores,
+        keeps_scores=not home.policy().lets_leave(("scores",), scores),
         is_same_code=plan.code == plans.code_hash(),
         is_same_lock=plan.lock == plans.lock_hash(),
         other_versions=tuple(_other_versions(plan)),

@@ -23,7 +23,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from torch import Size
 
-from client import secure_gate
+from client import score_gate, secure_gate
 from client.fields import check_fields, exact
 from client.home import DIGEST, Home
 from client.policy import Policy
@@ -56,6 +56,7 @@ RECEIPT = {
 }
 PRIVACY = dict.fromkeys(("epsilon", "epsilon_rdp", "steps", "noise_multiplier", "sample_rate"), float)
 ECHOED = ("run", "round", "base", "fingerprint", "nonce")
+METRICS_OF = {"train": "metrics", "evaluate": "scores"}  # kind of message -> the record of its answer that holds them
 MAX_METRICS = 32
 
 
@@ -204,6 +205,9 @@ def _release(
     if kind == "query":
         _check_greeting(admitted, answer)
         place = content.config_records["greeting"]
+    elif kind == "evaluate":
+        score_gate.check_scores(admitted, home, message, answer)
+        place = content.config_records["receipt"]
     elif kind != "train":
         secure_gate.check_phase(admitted, home, message, answer)
         place = content.config_records["receipt"]
@@ -219,22 +223,22 @@ def _release(
             content = answer.content
             secure_gate.check_masked(admitted, message, answer, shapes(admitted, typed(order, "round", int)))
         place = content.config_records["receipt"]
-    metrics = sorted(content["metrics"]) if kind == "train" else []
+    metrics = sorted(content[METRICS_OF[kind]]) if kind in METRICS_OF else []
     admitted.policy.check_names(content.keys(), groups.keys(), metrics)
     place["ledger"] = NO_HEAD_YET
     size = _measured(answer)
-    _check_amount(home, admitted, size["bytes"])
+    _check_amount(home, admitted, kind, size["bytes"])
     facts = {**_facts(message), "direction": "out", **size, "groups": groups, "metrics": metrics}
     epsilon = content.metric_records["privacy"]["epsilon"] if "privacy" in content else None
     place["ledger"] = home.ledger().append("sent", **facts, norm=norm, epsilon=epsilon)
     return answer
 
 
-def _check_amount(home: Home, admitted: Admitted, num_bytes: int) -> None:
+def _check_amount(home: Home, admitted: Admitted, kind: str, num_bytes: int) -> None:
     """Count what left under the plan so far, from the ledger itself: who cuts the ledger short has a ledger that is broken."""
     sent = [entry for entry in home.ledger().entries() if entry["event"] == "sent" and entry["plan"] == admitted.plan]
-    updates = sum(entry["kind"] == "train" for entry in sent)
-    admitted.policy.check_amount(updates=updates + 1, num_bytes=sum(entry["bytes"] for entry in sent) + num_bytes)
+    updates = [*(entry["kind"] for entry in sent), kind].count("train")
+    admitted.policy.check_amount(updates=updates, num_bytes=sum(entry["bytes"] for entry in sent) + num_bytes)
 
 
 def _check_greeting(admitted: Admitted, answer: Message) -> None:

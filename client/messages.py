@@ -117,6 +117,23 @@ def reply(
     return Message(RecordDict(records), reply_to=message)
 
 
+def scores_reply(message: Message, order: Order, site: str, sums: Mapping[str, tuple[float, float]]) -> Message:
+    """What the site found out about the order's model, as sums and weights; the gate puts its ledger's head in."""
+    receipt = ConfigRecord(
+        {
+            "run": order.run,
+            "round": order.round_number,
+            "base": order.base,
+            "fingerprint": order.fingerprint,
+            "site": site,
+            "nonce": order.nonce,
+            "ledger": NO_LEDGER,
+        }
+    )
+    scores = MetricRecord({name: [total, weight] for name, (total, weight) in sums.items()})
+    return Message(RecordDict({"receipt": receipt, "scores": scores}), reply_to=message)
+
+
 # ---- a secure sum's (client/secure.py); server/secure.py is the other end
 
 

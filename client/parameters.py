@@ -45,6 +45,22 @@ def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> d
     own = reached(model, stream)
     _check_names(order, own)
     parameters = _complete(order, own, state)
+    _copy(parameters, own)
+    model.zero_grad(set_to_none=True)  # a job that failed midway may have left gradients
+    return parameters
+
+
+def load_whole(model: MixedModel, order: Order) -> None:
+    """Copy in the whole model, all of which the order has to carry."""
+    own = dict(model.named_parameters())
+    _check_names(order, own)
+    found = digests(order.parameters)
+    if found != order.groups or base_of(found) != order.base:
+        raise DataError("the server's model was damaged on the way (hash differs)")
+    _copy(order.parameters, own)
+
+
+def _copy(parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in parameters.items():
             if own[name].shape != value.shape or own[name].dtype != value.dtype:
@@ -53,8 +69,6 @@ def load(model: MixedModel, order: Order, stream: Stream, state: SiteState) -> d
                     f"{tuple(own[name].shape)} {own[name].dtype}"
                 )
             own[name].copy_(value)
-    model.zero_grad(set_to_none=True)  # a job that failed midway may have left gradients
-    return parameters
 
 
 def _check_names(order: Order, own: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from client import parameters
 from client.messages import Order, Phase
 from fedmix import config
+from fedmix.config.evaluating import MIN_PATIENTS
 from fedmix.data.loading import Indices, Sampler, sampler_of
 from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ class Place:
     """Where a node's files are: its name, the experiment it agreed to, its prepared shard, and its own state folder.
 
     ``key``: the file of its registered key, and ``registered``: all sites' public keys; a simulated place has neither.
+    ``min_patients``: fewest patients of whom a score may leave.
     """
 
     site: str
@@ -32,6 +34,7 @@ class Place:
     state: Path
     key: Path | None = None
     registered: Mapping[str, str] | None = None
+    min_patients: int = MIN_PATIENTS
 
 
 @dataclass(frozen=True)

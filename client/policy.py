@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmix import config
+from fedmix.config.evaluating import MIN_PATIENTS
 from fedmix.config.reading import MAX_CONFIG_BYTES, read_yaml
 from fedmix.disk import reason_of
 from fedmix.errors import ConfigError, PolicyError
 
 RECORDS = (
-    *("greeting", "receipt", "examples", "metrics", "second_moments", "privacy", "deltas"),
+    *("greeting", "receipt", "examples", "metrics", "second_moments", "privacy", "deltas", "scores"),
     *("keys", "shares", "masked", "sum", "unmask"),  # of a secure sum
 )
 Pattern = Annotated[str, Field(pattern=re.compile(r"^[a-z0-9_.*/?\[\]-]{1,80}$"))]
@@ -58,9 +59,14 @@ class Policy(Part):
         default=RECORDS, description="parts of a message that may leave at all"
     )
     groups: tuple[Pattern, ...] = Field(default=("*",), description="parameter groups whose change may leave")
-    metrics: tuple[Pattern, ...] = Field(default=("*/loss",), description="metrics that may leave")
+    metrics: tuple[Pattern, ...] = Field(
+        default=("*/loss",), description="metrics that may leave; score/* are sums over held-out patients"
+    )
     max_norm: float = Field(default=100.0, gt=0.0, description="longest update of a round, Euclidean length of all changes")
     min_studies: int = Field(default=50, ge=1, description="fewest training studies with which this site takes part")
+    min_patients: int = Field(
+        default=MIN_PATIENTS, ge=1, description="fewest held-out patients of whom a score may leave, if any may"
+    )
     max_rounds: int = Field(default=1000, ge=1, description="updates that may leave under one plan, repeated rounds among them")
     max_bytes: int = Field(default=100 << 30, ge=1, description="bytes that may leave under one plan")
     hours: Hours = Hours()
@@ -99,6 +105,10 @@ class Policy(Part):
             raise PolicyError(f"this site's policy does not let {_few(held)} leave")
         if num_held := sum(not _fits(name, self.metrics) for name in metrics):
             raise PolicyError(f"this site's policy does not let {num_held} of the reply's metrics leave")
+
+    def lets_leave(self, records: Collection[str], metrics: Collection[str]) -> bool:
+        """Whether all of these may leave."""
+        return set(records) <= set(self.records) and all(_fits(name, self.metrics) for name in metrics)
 
     def check_amount(self, *, updates: int, num_bytes: int) -> None:
         """Refuse more updates or bytes under one plan than this site gives; counted with the one that is to leave."""

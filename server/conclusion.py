@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedmix import config
@@ -20,7 +21,7 @@ from fedmix.evaluation.features import Report
 from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation import robust
 from fedmix.report import energy, summary
-from server import accounts, secure
+from server import accounts, secure, site_scores
 from server import held_out as central
 from server.home import PLAN
 from server.store import Parameters, RunStore, warm_start_hashes
@@ -72,7 +73,8 @@ def kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, An
 
 def _evaluated(experiment: config.Experiment) -> str:
     """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
-    wanted = [experiment.data.held_out.model_dump(mode="json"), experiment.evaluation.model_dump(mode="json")]
+    settings = experiment.evaluation.model_dump(mode="json", exclude=None if experiment.evaluation.at_sites else {"at_sites"})
+    wanted = [experiment.data.held_out.model_dump(mode="json"), settings]
     if experiment.model.warm_start is not None:
         wanted.append(warm_start_hashes(experiment))
     return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()
@@ -86,14 +88,22 @@ def _source(experiment: config.Experiment) -> str | None:
 
 
 def write_report(
-    experiment: config.Experiment, store: RunStore, evaluation: Mapping[str, Any], found: Mapping[str, Any]
+    experiment: config.Experiment,
+    store: RunStore,
+    evaluation: Mapping[str, Any],
+    found: Mapping[str, Any],
+    alone: Mapping[str, site_scores.Sums] = MappingProxyType({}),
 ) -> None:
-    """Say that the run is completed, and write report.json. ``found``: evaluations of its baselines, by name."""
+    """Say that the run is completed, and write report.json.
+
+    ``found``: evaluations of its baselines, by name; ``alone``: by site its scores of a model that it trained for itself.
+    """
     committed = store.latest()
     assert committed is not None
     totals = committed.totals
     store.finish("completed")
     manifest, wall_s = store.manifest, store.wall_s
+    value = site_scores.value_of(experiment, store.folder, alone)
     sites = [
         {
             "name": site.name,
@@ -103,6 +113,7 @@ def write_report(
             "bytes_up": int(totals.get(f"bytes_up/{site.name}", 0)),
             "bytes_down": int(totals.get(f"bytes_down/{site.name}", 0)),
         }
+        | value.get(site.name, {})
         for site in experiment.data.sites
     ]
     report = summary.build_report(

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -180,7 +180,9 @@ def read_masked(message: Message) -> tuple[dict[str, NDArray[Any]], ConfigRecord
     return {tower: _view(array) for tower, array in vectors.items()}, seal
 
 
-def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s: float) -> Message:
+def order_message(
+    node_id: int, order: Order, content: RecordDict, *, deadline_s: float, kind: Literal["train", "evaluate"] = "train"
+) -> Message:
     """A round's order to a node; whatever carries it may give it up after the deadline, for nobody waits any longer."""
     plan = ConfigRecord(
         {
@@ -193,7 +195,7 @@ def order_message(node_id: int, order: Order, content: RecordDict, *, deadline_s
             "nonce": order.nonce,
         }
     )
-    return Message(RecordDict({"order": plan, **content}), node_id, "train", ttl=deadline_s, group_id=str(order.round_number))
+    return Message(RecordDict({"order": plan, **content}), node_id, kind, ttl=deadline_s, group_id=str(order.round_number))
 
 
 def is_offline(message: Message) -> bool:
@@ -222,14 +224,7 @@ def read_reply(message: Message, order: Order, *, is_masked: bool = False) -> Re
     receipt = _record(content, "receipt", ConfigRecord)
     record = _record(content, "masked" if is_masked else "deltas", ArrayRecord)
     examples, metrics, moments = (_record(content, name, MetricRecord) for name in ("examples", "metrics", "second_moments"))
-    expected = {
-        "site": order.site.name,
-        "run": order.run,
-        "round": order.round_number,
-        "fingerprint": order.fingerprint,
-        "base": order.base,
-        "nonce": order.nonce,
-    }
+    expected = _echo(order)
     undeclared = (set(receipt) - RECEIPT_FIELDS) | (set(examples) - set(STREAMS))
     if undeclared:
         raise UpdateError(f"reply carries {len(undeclared)} fields that nobody asked for")
@@ -248,6 +243,36 @@ def read_reply(message: Message, order: Order, *, is_masked: bool = False) -> Re
         ledger=_head(receipt),
         privacy=_privacy(_record(content, "privacy", MetricRecord) if "privacy" in content else {}),
     )
+
+
+def read_scores(message: Message, order: Order) -> tuple[dict[str, tuple[float, float]], str]:
+    """A site's scores of the order's model as sums and weights, and its ledger's head.
+
+    Raises UpdateError if the site refused, or what it sent is not the answer to the order.
+    """
+    if message.has_error():
+        raise UpdateError(reason(message))
+    if set(message.content) != {"receipt", "scores"}:
+        raise UpdateError("reply carries other records than a site's scores have")
+    receipt, scores = _record(message.content, "receipt", ConfigRecord), _record(message.content, "scores", MetricRecord)
+    expected = _echo(order)
+    if set(receipt) != {*expected, "ledger"} or any(
+        typed(receipt, key, type(value)) != value for key, value in expected.items()
+    ):
+        raise UpdateError("reply answers another order")
+    return _metrics(scores), _head(receipt)
+
+
+def _echo(order: Order) -> dict[str, str | int]:
+    """What a reply repeats of the order that it answers."""
+    return {
+        "site": order.site.name,
+        "run": order.run,
+        "round": order.round_number,
+        "fingerprint": order.fingerprint,
+        "base": order.base,
+        "nonce": order.nonce,
+    }
 
 
 def reason(message: Message) -> str:

@@ -22,6 +22,7 @@ from fedmix.federation.outer import outer_step
 from fedmix.federation.screening import Screen
 from fedmix.federation.update import digests, mean_metrics, num_bytes
 from fedmix.federation.weights import weights_of
+from server import site_scores
 from server.accounts import add, covered
 from server.books import Books
 from server.gathering import Gathering, Round, Watch
@@ -71,6 +72,8 @@ class RoundLoop:
             done = self._round(committed, failed_in_a_row)
             failed_in_a_row = failed_in_a_row + 1 if done.round_number == committed.round_number else 0
             committed = done
+        if site_scores.is_due(self._experiment, self._store.folder):
+            site_scores.gather(self._grid, self._experiment, self._store, self._roster, committed, self._books)
         return committed
 
     def _round(self, committed: Committed, failed_in_a_row: int) -> Committed:

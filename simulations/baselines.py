@@ -6,7 +6,9 @@
 | public_init | what training begins with: the files of model.warm_start, never trained here |
 | fedavg_all, modality_exact, fedcola | this experiment's stages under that rule of aggregation |
 | paired_only | the stages of the paired sites alone, averaged by FedAvg |
-| local_only, best_site | each paired site for itself (each site where none has pairs); the better one is the best site |
+| local_only, best_site | each paired site for itself (each site where none has pairs, or where sites score models |
+| | themselves: evaluation.at_sites); the better one of the former is the best site |
+| leave_one_out | for each site a federation without it; what the central evaluation loses is what the site gave |
 | one_shot | every stage as one round: a site takes all of its steps at once, and models are averaged once |
 | centralised | all data in one place, EQUAL SAMPLES and batch size: every batch the sites would see, one after the other, |
 | | so as many steps in sequence as all sites together take |
@@ -38,12 +40,14 @@ from fedmix.federation import local
 from fedmix.federation.microbatch import parts_of
 from fedmix.objectives.masking import WordIds
 from fedmix.objectives.mixture import Learner
+from fedmix.report.site_value import WITHOUT
 from server import held_out as central
 from server.store import Parameters
 
 RANDOM_INIT, PUBLIC_INIT, BEST_SITE = "random_init", "public_init", "best_site"
 UNTRAINED = (RANDOM_INIT, PUBLIC_INIT)
 LOCAL_ONLY = ("local_only", BEST_SITE)
+LEAVE_ONE_OUT = "leave_one_out"
 RULES = get_args(config.Aggregation.model_fields["rule"].annotation)
 # By which number the best site is chosen: the first that all of them have. It is read from the test studies, which
 # flatters the best site and nobody else.
@@ -127,13 +131,16 @@ SPECIAL: dict[str, Callable[[config.Experiment, Mapping[str, Path], Tokenizer], 
 
 
 def federated(experiment: config.Experiment, name: str) -> dict[str, config.Experiment]:
-    """The runs that a baseline stands for, by their names in the report: one, or for local_only one a site.
+    """The runs that a baseline stands for, by their names in the report: one, or for local_only and leave_one_out one a site.
 
     Raises ConfigError if the name's meaning does not fit the experiment.
     """
     other, wanted = config.variant(experiment, name), experiment.baselines[name]
     if name in LOCAL_ONLY:
-        return {f"site_{site.name}": _alone(other, site) for site in _lonely(other)}
+        sites = other.data.sites if other.evaluation.at_sites else lonely(other)
+        return {alone_name(site): _alone(other, site) for site in sites}
+    if name == LEAVE_ONE_OUT:
+        return {f"{WITHOUT}{site.name}": _without(other, site) for site in other.data.sites}
     if name == "one_shot":
         return {name: one_shot(other)}
     if name in RULES and "rule" not in _section(wanted, "aggregation"):
@@ -160,8 +167,13 @@ def best(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     return next(iter(evaluations))
 
 
-def _lonely(experiment: config.Experiment) -> list[config.Site]:
-    """The sites worth training alone: those with pairs, for no other learns both kinds; all where none has pairs."""
+def alone_name(site: config.Site) -> str:
+    """What the run of a site that trains for itself is called in the report."""
+    return f"site_{site.name}"
+
+
+def lonely(experiment: config.Experiment) -> list[config.Site]:
+    """The sites among which the best is looked for: those with pairs, for no other learns both kinds; all where none has."""
     paired = [site for site in experiment.data.sites if site.stream == "paired"]
     return paired or list(experiment.data.sites)
 
@@ -174,6 +186,17 @@ def _alone(experiment: config.Experiment, site: config.Site) -> config.Experimen
     ]
     if not stages:
         raise ConfigError(f"baselines.local_only: site {site.name} takes part in no stage, so it cannot be trained alone")
+    return _changed(experiment, stages=stages)
+
+
+def _without(experiment: config.Experiment, left_out: config.Site) -> config.Experiment:
+    """The stages with their other sites; one that only this site trains in falls away."""
+    stages = []
+    for stage in experiment.stages:
+        others = [site.name for site in config.sites_of(stage, experiment.data.sites) if site != left_out]
+        stages += [stage.model_dump(mode="json") | {"sites": others}] if others else []
+    if not stages:
+        raise ConfigError(f"baselines.leave_one_out: without {left_out.name} no site is left; take this baseline out")
     return _changed(experiment, stages=stages)
 
 

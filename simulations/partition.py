@@ -20,6 +20,7 @@ from fedmix.data.phantom import Phantoms
 from fedmix.data.shard import Shard, write_arrays
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
+from fedmix.federation.local import seed_of
 
 # Phantoms are nobody, so the key that hides their patients is public.
 PHANTOM_KEY = hashlib.sha256(b"fedmix phantoms").digest()
@@ -57,7 +58,7 @@ def prepare_sites(
         if site.shard is not None:
             shards[site.name] = site.shard
         elif site.phantom is not None:
-            shards[site.name] = _phantom_shard(site.phantom, site.stream, data, tokenizer, altered.get(site.name))
+            shards[site.name] = _phantom_shard(site, site.phantom, data, tokenizer, altered.get(site.name))
     return shards
 
 
@@ -75,21 +76,22 @@ def draw_site(data: config.Data, name: str, path: Path) -> None:
         raise DataError(f"{path} is there already; name another folder, or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _draw(path, site.phantom, site.stream, data, Tokenizer.load(data.tokenizer))
+        _draw(path, site, site.phantom, data, Tokenizer.load(data.tokenizer))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _phantom_shard(
+    site: config.Site,
     wanted: config.PhantomData,
-    stream: config.StreamName,
     data: config.Data,
     tokenizer: Tokenizer,
     alter: Alteration | None,
 ) -> Path:
     """A shard of drawn phantoms, kept under a name that says everything it depends on."""
-    recipe = [phantom.fingerprint(), wanted.model_dump(), stream, data.image_size, data.max_words, tokenizer.fingerprint]
+    recipe = [phantom.fingerprint(), wanted.model_dump(), site.stream, data.image_size, data.max_words, tokenizer.fingerprint]
     recipe += [] if alter is None else [alter.recipe]
+    recipe += [{"test_studies": site.test_studies}] if site.test_studies else []
     path = data.cache / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     if path.is_dir():
         try:
@@ -102,7 +104,7 @@ def _phantom_shard(
         data.cache.mkdir(parents=True, exist_ok=True)
         if not os.access(data.cache, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        _draw(path, wanted, stream, data, tokenizer, alter)
+        _draw(path, site, wanted, data, tokenizer, alter)
     except OSError as error:
         raise DataError(
             f"cannot keep phantoms under {data.cache}: {error.strerror}; set data.cache to a folder you may write"
@@ -112,39 +114,56 @@ def _phantom_shard(
 
 def _draw(
     path: Path,
+    site: config.Site,
     wanted: config.PhantomData,
-    stream: config.StreamName,
     data: config.Data,
     tokenizer: Tokenizer,
     alter: Alteration | None = None,
 ) -> None:
-    drawn = phantom.generate(
-        wanted.studies,
-        look=wanted.look,
-        seed=wanted.seed,
-        size=data.image_size,
-        difficulty=wanted.difficulty,
-        contrast=wanted.contrast,
-        images=stream != "text",
-        reports=stream != "image",
-    )
+    drawn = _generated(wanted, site.stream, data.image_size)
     drawn = drawn if alter is None else alter(drawn)
-    every, none = np.ones(wanted.studies, bool), np.zeros(wanted.studies, bool)
+    if site.test_studies:
+        other = {"studies": site.test_studies, "seed": seed_of(wanted.seed, "test studies of a site") % 2**31}
+        drawn = _joined(drawn, _generated(wanted.model_copy(update=other), site.stream, data.image_size))
+    every, none = np.ones(len(drawn.patient), bool), np.zeros(len(drawn.patient), bool)
     write_arrays(
         path,
         images=drawn.images,
         texts=drawn.reports,
-        has_image=none if stream == "text" else every,
-        has_text=none if stream == "image" else every,
+        has_image=none if site.stream == "text" else every,
+        has_text=none if site.stream == "image" else every,
         labels=drawn.labels,
         label_names=phantom.LABELS,
         patients=drawn.patient,
-        splits=["train"] * wanted.studies,  # the held-out set is another draw
+        splits=["train"] * wanted.studies + ["test"] * site.test_studies,  # the central held-out set is another draw
         tokenizer=tokenizer,
         key=PHANTOM_KEY,
         max_words=data.max_words,
         image_size=data.image_size,
         replace=True,  # another run may have drawn the same meanwhile
+    )
+
+
+def _generated(wanted: config.PhantomData, stream: config.StreamName, size: int) -> Phantoms:
+    return phantom.generate(
+        wanted.studies,
+        look=wanted.look,
+        seed=wanted.seed,
+        size=size,
+        difficulty=wanted.difficulty,
+        contrast=wanted.contrast,
+        images=stream != "text",
+        reports=stream != "image",
+    )
+
+
+def _joined(first: Phantoms, then: Phantoms) -> Phantoms:
+    """Two draws as one; patients are numbered within a draw, so the second's go on after the first's."""
+    return Phantoms(
+        images=None if first.images is None or then.images is None else np.concatenate([first.images, then.images]),
+        reports=None if first.reports is None or then.reports is None else [*first.reports, *then.reports],
+        labels=np.concatenate([first.labels, then.labels]),
+        patient=np.concatenate([first.patient, then.patient + len(first.patient)]),
     )
 
 

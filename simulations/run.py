@@ -22,6 +22,7 @@ from fedmix.evaluation.held_out import HeldOut
 from fedmix.report import html, summary
 from fedmix.report.history import EVENTS
 from server import held_out as central
+from server import site_scores
 from server.app import build_app, quick_evaluation
 from server.conclusion import evaluate, kept_evaluation, write_report
 from server.deploy import teller
@@ -91,7 +92,7 @@ def simulate(
         for name in experiment.baselines:
             on_method(name)
             found |= _baseline(experiment, name, out / "baselines", ready)
-        write_report(experiment, store, evaluation, found)
+        write_report(experiment, store, evaluation, found, _scores_alone(experiment, out / "baselines"))
         return html.write_report(out)
     except (FedmixError, OSError) as error:
         store.finish("failed", str(error))
@@ -107,7 +108,8 @@ def _prepare(experiment: config.Experiment, engine_name: EngineName, view: View)
 def _train(experiment: config.Experiment, store: RunStore, ready: Ready) -> Parameters:
     """Run the rounds that are not yet committed and return the final parameters."""
     committed = store.latest()
-    if committed is not None and committed.round_number == experiment.num_rounds:
+    is_trained = committed is not None and committed.round_number == experiment.num_rounds
+    if committed is not None and is_trained and not site_scores.is_due(experiment, store.folder):
         # A kill may have come between the last round and its point on the learning curve.
         add_point = quick_evaluation(experiment, store, ready.view.update, ready.held_out)
         add_point(committed.round_number, experiment.stages[-1].name, committed.parameters)
@@ -177,9 +179,18 @@ def _baseline(experiment: config.Experiment, name: str, folder: Path, ready: Rea
         for one, other in baselines.federated(experiment, name).items()
     }
     if name in baselines.LOCAL_ONLY:
-        best = baselines.best({one: result["report"] for one, result in found.items()})
+        candidates = [baselines.alone_name(site) for site in baselines.lonely(config.variant(experiment, name))]
+        best = baselines.best({one: found[one]["report"] for one in candidates})
         found[baselines.BEST_SITE] = found[best] | {"site": best, "seconds": 0.0}
     return found
+
+
+def _scores_alone(experiment: config.Experiment, folder: Path) -> dict[str, site_scores.Sums]:
+    """By site, what it scores the model that it trained for itself; nothing unless baselines and sites were asked for that."""
+    if not set(baselines.LOCAL_ONLY) & set(experiment.baselines):
+        return {}
+    found = {site.name: site_scores.kept(experiment, folder / baselines.alone_name(site)) for site in experiment.data.sites}
+    return {site: of_run[site].get("scores", {}) for site, of_run in found.items() if of_run is not None}
 
 
 def _pooled(experiment: config.Experiment, name: str, folder: Path, ready: Ready) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch
 
 from fedmix import config
 from fedmix.errors import FedmixError, RunError
-from fedmix.report import html, study, summary
+from fedmix.report import html, study, study_value, summary
 from simulations import baselines, forkserver
 from simulations.cells import Cell, cells_of
 from simulations.cost import step_costs
@@ -65,7 +65,8 @@ def write_costs(cells: Sequence[Cell], out: Path) -> None:
 def write_standing(out: Path) -> Path:
     """study.json and the page that compares the methods, from what is there; returns the page's path."""
     found = study.read_study(out)
-    summary.write_json(out / "study.json", study.as_json(found))
+    values = {regime: value for regime in found.regimes if (value := study_value.as_json(found, regime))}
+    summary.write_json(out / "study.json", study.as_json(found) | ({"site_value": values} if values else {}))
     return html.write_study(out / PAGE, [found])
 
 

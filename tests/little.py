@@ -88,6 +88,14 @@ def everyone(folder: Path, *, rounds: int = 1, **changes: Any) -> dict[str, Any]
     return values(folder, stages=[stage], **changes)
 
 
+def scoring(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The same sites with further patients each, on whom they score the last round's model."""
+    wanted = everyone(folder, **changes)
+    for site, test_studies in zip(wanted["data"]["sites"], (30, 30, 52), strict=True):
+        site["test_studies"] = test_studies
+    return wanted | {"evaluation": {"gallery": 40, "num_bootstrap": 20, "regeneration_images": 20, "at_sites": True}}
+
+
 @lru_cache(maxsize=1)
 def drawn() -> Path:
     """The phantoms of the three sites, drawn once for all tests; each works on a copy that it may damage."""
@@ -215,6 +223,10 @@ def hostile(honest: ClientApp, change: Change) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
+        return change(honest(message, context))
+
+    @app.evaluate()
+    def score(message: Message, context: Context) -> Message:
         return change(honest(message, context))
 
     return app

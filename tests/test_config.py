@@ -106,6 +106,11 @@ def test_every_mistake_is_named_at_once() -> None:
         (["data.sites.north.name=south"], "site names must differ"),
         (["stages.paired.name=unpaired"], "stage names must differ"),
         (["data.sites.north.shard=/x"], "either phantom or shard, not both"),
+        (["data.sites.south.test_studies=9"], "a shard has its own splits; take test_studies out"),
+        (
+            ["evaluation.at_sites=true", "privacy={mode: central_noise, epsilon: 8}", "aggregation.clip=null"],
+            "exact sums over their patients, which no noise of privacy.mode = central_noise covers",
+        ),
         (["model.warm_start={}"], "give warm_start an image file, a text folder, or both"),
         (["data.held_out.phantom=null"], "held_out either phantom or shards"),
         (["stages.paired.objectives.match=1"], "set joint_share above 0"),
@@ -419,6 +424,7 @@ DECIDES = {
 DECIDES_NOT = {
     "name": "other",
     "data.sites.south.shard": "/elsewhere/south",
+    "data.sites.0.test_studies": 30,
     "model.warm_start": "{image: /models/vit.safetensors}",
     "data.cache": "/tmp/phantoms",
     "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5}",
@@ -432,7 +438,7 @@ DECIDES_NOT = {
     "study": "{seeds: [1, 2]}",
     "federation.max_failed_rounds": 1,
     "evaluation": "{every: 3, gallery: 10, mask_ratio: .5, num_bootstrap: 20, regeneration_images: 5, rerank_top: 20, "
-    "fine_tune_steps: 9, prompt_tune_steps: 9}",
+    "fine_tune_steps: 9, prompt_tune_steps: 9, at_sites: true}",
     "baselines": "{random_init: {}}",
 }
 

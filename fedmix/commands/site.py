@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -236,11 +237,19 @@ def _reviewed(found: Review) -> list[tuple[str, str]]:
         ),
         ("leaves in a round", f"the change of {leaving}"),
         ("", "losses as sums, the number of studies processed, when training began and ended"),
+        *(("leaves at the end", sentence) for sentence in _scored(found)),
         ("bytes, at most", f"{found.bytes_a_round} a round, {total} in all, repeated rounds apart"),
         ("never leaves", "images, reports, labels, names, identifiers, paths"),
         ("privacy", _protected(plan.resolved().privacy)),
         ("", _summed(plan.resolved().secure_sum)),
     ]
+
+
+def _scored(found: Review) -> Iterator[str]:
+    """What a plan asks this site to measure on its own held-out patients."""
+    if found.scores:
+        kept = ", which this site's policy does not let leave" if found.keeps_scores else ""
+        yield f"the last model's scores on patients that this site never trains on, as sums: {', '.join(found.scores)}{kept}"
 
 
 def _protected(privacy: config.Privacy) -> str:

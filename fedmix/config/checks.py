@@ -80,6 +80,15 @@ def check_whole_updates(experiment: Experiment) -> None:
         )
 
 
+def check_scores(experiment: Experiment) -> None:
+    """Raise ValueError where sites were asked for exact sums over patients beside updates whose noise covers none of it."""
+    if experiment.privacy.mode != "none":
+        raise ValueError(
+            f"evaluation.at_sites has sites send exact sums over their patients, which no noise of privacy.mode = "
+            f"{experiment.privacy.mode} covers; set at_sites to false"
+        )
+
+
 def check_attack(attack: Attack, experiment: Experiment) -> None:
     """Raise ValueError for an attack that could not be carried out."""
     site = next((site for site in experiment.data.sites if site.name == attack.site), None)

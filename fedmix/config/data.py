@@ -27,11 +27,19 @@ class Site(Section):
     stream: StreamName
     phantom: PhantomData | None = None
     shard: Path | None = Field(default=None, description="folder written by `fedmix prepare`")
+    test_studies: int = Field(
+        default=0,
+        ge=0,
+        description="further phantoms, of other patients, on which the site scores models and never trains "
+        "(evaluation.at_sites); a shard has its own validation and test splits",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Site:
         if (self.phantom is None) == (self.shard is None):
             raise ValueError("give a site either phantom or shard, not both and not neither")
+        if self.test_studies and self.phantom is None:
+            raise ValueError("test_studies are drawn like phantoms, and a shard has its own splits; take test_studies out")
         return self
 
 

@@ -8,9 +8,11 @@ from pydantic import Field, JsonValue, model_validator
 
 from fedmix.config.base import Count, Name, OpenFraction, Positive, Section
 
+MIN_PATIENTS = 20  # fewest held-out patients of whom a site's score leaves, unless the site's policy says otherwise
+
 
 class Evaluation(Section):
-    """Central evaluation on the held-out set."""
+    """Central evaluation on the held-out set, and the sites' own on theirs."""
 
     every: int = Field(default=0, ge=0, description="rounds between quick evaluations for the learning curve; 0 is none")
     gallery: Count = 500
@@ -40,6 +42,11 @@ class Evaluation(Section):
         ge=0,
         description="steps in which a few vectors before each finding's name are learnt on each share of the probe's labels, "
         "the model frozen; 0 is none, 200 is a start",
+    )
+    at_sites: bool = Field(
+        default=False,
+        description="after the last round each site scores the model on patients of its own that it never trained on, and "
+        "sends sums; baselines.local_only then trains every site alone, so that the report shows what each one got",
     )
 
 

@@ -14,7 +14,15 @@ import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from fedmix.config.base import Name, Section
-from fedmix.config.checks import check_attack, check_narrowed, check_private, check_secure_sum, check_stage, check_whole_updates
+from fedmix.config.checks import (
+    check_attack,
+    check_narrowed,
+    check_private,
+    check_scores,
+    check_secure_sum,
+    check_stage,
+    check_whole_updates,
+)
 from fedmix.config.data import Data
 from fedmix.config.evaluating import Attack, Evaluation, Study
 from fedmix.config.federating import Aggregation, Federation, Screening, Wire
@@ -60,6 +68,8 @@ class Experiment(Section):
             check_whole_updates(self)
         if self.privacy.trainable != "all":
             check_narrowed(self)
+        if self.evaluation.at_sites:
+            check_scores(self)
         if self.attack is not None:
             check_attack(self.attack, self)
         if self.secure_sum is not None:
@@ -122,6 +132,7 @@ class Experiment(Section):
         values["data"].pop("held_out")
         for site in values["data"]["sites"]:
             site.pop("shard")
+            site.pop("test_studies")
         for stage in values["stages"]:  # as before there were these
             for name in ("semantic", "local"):
                 if not stage["objectives"][name]:

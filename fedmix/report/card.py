@@ -4,7 +4,7 @@ same parts. Site names and counts are those of report.json; nothing of a site's 
 
 from __future__ import annotations
 
-from fedmix.report import learning, markdown, measures, narrative, quantities
+from fedmix.report import learning, markdown, measures, narrative, quantities, site_value
 from fedmix.report.method import STAGE_COLUMNS, Method
 from fedmix.report.page import Page
 from fedmix.report.readings import other_ways
@@ -31,7 +31,10 @@ def report_markdown(page: Page) -> str:
     if page.gaps:
         gaps = "; ".join(f"{title} {text}" for title, text in page.gaps)
         parts.append(f"Recovered gap from the best single site to pooled data: {markdown.text(gaps)}. Point estimates.\n")
-    parts += ["## Method\n", method(page.method, page.method_absence), "## Sites\n", sites(page.report), *_ending(page)]
+    parts += ["## Method\n", method(page.method, page.method_absence), "## Sites\n", sites(page.report)]
+    if page.site_value or page.contributions:
+        parts += ["## What each hospital gave and got\n", site_value.as_markdown(page.site_value, page.contributions)]
+    parts += _ending(page)
     return "\n".join(parts)
 
 

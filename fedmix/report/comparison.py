@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmix.report import charts, markdown, measures, quantities
+from fedmix.report import charts, markdown, measures, quantities, study_value
 from fedmix.report.attacked import AttackTable, attack_tables, failures
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
 from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study
@@ -57,6 +57,7 @@ class RegimeTables:
     differences: Grid
     costs: tuple[CostRow, ...]
     gaps: tuple[Gap, ...]
+    values: tuple[study_value.Row, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def tables(study: Study, regime: str) -> RegimeTables:
         differences=_differences(study, regime, others),
         costs=tuple(_cost_row(method, study.cost(regime, method)) for method in methods if method not in UNTRAINED),
         gaps=tuple(_gap(study, regime, pooled) for pooled in POOLED if pooled in methods),
+        values=study_value.rows(study, regime),
     )
 
 
@@ -125,6 +127,11 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             parts += [f"{method_name(MAIN)} less each method:", _as_markdown(regime.differences)]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [gap_sentence(gap) for gap in regime.gaps]
+            if regime.values:
+                parts += [
+                    study_value.ABOUT,
+                    markdown.table(study_value.HEAD, [row.texts for row in regime.values], num_words=2),
+                ]
         parts += list(one.notes)
     return "\n\n".join(parts) + "\n"
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmix.errors import RunError
-from fedmix.report import card, charts, comparison, learning, measures, quantities
+from fedmix.report import card, charts, comparison, learning, measures, quantities, site_value, study_value
 from fedmix.report.attacked import MARKED
 from fedmix.report.forest import forest
 from fedmix.report.method import STAGE_COLUMNS
@@ -29,7 +29,9 @@ def write_report(run_dir: Path) -> Path:
     page = read_page(run_dir)
     path = run_dir / "report.html"
     template = environment().get_template("report.html.j2")
-    drawn = template.render(page=page, charts=charts, quantities=quantities, streams=learning.STREAMS, columns=STAGE_COLUMNS)
+    drawn = template.render(
+        page=page, charts=charts, quantities=quantities, streams=learning.STREAMS, columns=STAGE_COLUMNS, site_value=site_value
+    )
     write_text(path, drawn)
     write_text(run_dir / "report.md", card.report_markdown(page))
     if page.report is not None:
@@ -62,6 +64,7 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
             costs=comparison.COSTS,
             gap_sentence=comparison.gap_sentence,
             marked=MARKED,
+            study_value=study_value,
         )
         write_text(path, drawn)
     return path

@@ -73,6 +73,7 @@ def protection(report: Report) -> list[str]:
     return [
         "A site sends its changes to the parameters it trains, how many studies and examples stand behind them, its times and, "
         "without differential privacy, its losses. Pictures, reports, patient numbers and file names stay with it.",
+        *_score_limits(report),
         *_privacy_limits(report),
         *_secure_limits(report),
         *_trust_limits(report),
@@ -221,6 +222,15 @@ def _baseline_limits(report: Report) -> Iterator[str]:
     missing = [measures.method_name(name) for name in EXPECTED_BASELINES if name not in report.baselines]
     if missing:
         yield f"Not compared in this run: {_either(missing)}."
+
+
+def _score_limits(report: Report) -> Iterator[str]:
+    """What left the sites beside their updates, where they scored the model."""
+    if any(site.scores for site in report.sites):
+        yield (
+            "Sites scored the last model on patients that they never trained on, and sent sums and weights, none of "
+            "few such patients. No noise covers these sums."
+        )
 
 
 def _privacy_limits(report: Report) -> Iterator[str]:

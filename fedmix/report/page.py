@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmix.errors import RunError
-from fedmix.report import charts, learning, measures, narrative, quantities
+from fedmix.report import charts, learning, measures, narrative, quantities, site_value
 from fedmix.report.examples import Examples, load_examples
 from fedmix.report.history import read_history
 from fedmix.report.learning import Section
@@ -52,6 +52,8 @@ class Page:
     examples: Examples | None
     examples_absence: str
     absences: Mapping[str, int]
+    site_value: tuple[site_value.Line, ...]
+    contributions: tuple[str, ...]
     times: tuple[TimeShare, ...]
     limits: tuple[str, ...]
     every_number: tuple[tuple[str, ...], list[tuple[str, list[str]]]] | None
@@ -94,6 +96,8 @@ def read_page(run_dir: Path) -> Page:
         examples=examples,
         examples_absence=examples_absence,
         absences=history.absences(),
+        site_value=site_value.lines(report) if report else (),
+        contributions=site_value.contributions(report) if report else (),
         times=tuple(_times(report)) if report else (),
         limits=tuple(narrative.limits(report, examples.source if examples else None)) if report else (),
         every_number=measures.every_number(report) if report and has_evaluation else None,

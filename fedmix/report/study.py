@@ -23,7 +23,7 @@ from fedmix import config
 from fedmix.errors import ConfigError, RunError
 from fedmix.report import measures, quantities
 from fedmix.report.measures import Measure
-from fedmix.report.summary import Evaluation, read_json
+from fedmix.report.summary import Evaluation, Site, read_json
 
 SCHEMA = 1
 MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")
@@ -99,6 +99,7 @@ class Cell:
     state: State
     cause: str | None
     methods: Mapping[str, Result]
+    sites: tuple[Site, ...] = ()  # of a completed cell
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,12 @@ def _method_json(study: Study, regime: str, method: str) -> dict[str, Any]:
         own = study.estimate(regime, method, measure)
         if own is not None:
             less = study.difference(regime, method, measure) if method != MAIN else None
-            found[measure] = _estimate_json(own) | {"less": None if less is None else _estimate_json(less)}
+            found[measure] = estimate_json(own) | {"less": None if less is None else estimate_json(less)}
     return found
 
 
-def _estimate_json(one: Estimate) -> dict[str, Any]:
+def estimate_json(one: Estimate) -> dict[str, Any]:
+    """An estimate as study.json tells it."""
     interval = None if one.interval is None else list(one.interval)
     return {
         "mean": one.mean,
@@ -318,7 +320,8 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
     for name, branch in branches.items():
         run = folder if name == MAIN else folder / "baselines" / branch.get("site", name)
         methods[name] = Result(_scores(branch["evaluation"], marks), _cost(run, step_costs), branch.get("site"))
-    return Cell(regime, seed, state, said.get("cause"), methods)
+    sites = tuple(Site.model_validate(site) for site in report["sites"]) if state == "completed" else ()
+    return Cell(regime, seed, state, said.get("cause"), methods, sites)
 
 
 def _branches(report: Mapping[str, Any]) -> dict[str, Any]:

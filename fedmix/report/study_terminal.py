@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedmix.report import study_value
 from fedmix.report.comparison import COSTS, Comparison, CostRow, gap_sentence
 from fedmix.report.measures import Cell, Grid, Measure
 from fedmix.report.terminal import printable
@@ -34,6 +35,8 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
             yield from _split(regime.differences, "fedmix less", width)
         yield _cost_table(regime.costs)
         yield from (Text(gap_sentence(gap), style="dim") for gap in regime.gaps)
+        if regime.values:
+            yield _value_table(regime.values)
     yield Text("\n" + " ".join(one.notes), style="dim")
 
 
@@ -67,6 +70,18 @@ def _lines(measure: Measure, cell: Cell | None) -> Text:
     if cell.setting:
         text.append("\n" + cell.setting.replace(" seed", "\nseed"), style="dim not bold")
     return text
+
+
+def _value_table(rows: Sequence[study_value.Row]) -> Table:
+    """What each hospital got; an interval is in the line below its value."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for column, title in enumerate(study_value.HEAD[:-1]):
+        table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")
+    for row in rows:
+        *texts, got, interval = row.texts
+        cell = Text(got, style="bold" if row.got is not None and row.got.is_clear else "")
+        table.add_row(*(Text(printable(text)) for text in texts), cell.append(f"\n{interval}", style="dim not bold"))
+    return table
 
 
 def _cost_table(rows: Sequence[CostRow]) -> Table:

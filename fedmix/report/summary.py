@@ -49,8 +49,23 @@ class Run(Open):
     rounds: int | None = None
 
 
+class SiteScore(Closed):
+    """A measure on a site's own held-out patients: the federation's mean over ``weight`` images, words or queries.
+
+    ``alone``: that of the model which the site trained for itself, None where nobody trained one.
+    """
+
+    value: float
+    weight: float
+    alone: float | None = None
+
+
 class Site(Open):
-    """One site: what it held, what it trained on in all rounds together, what it sent and received."""
+    """One site: what it held, what it trained on in all rounds together, what it sent and received.
+
+    ``scores``: what it found out about the model, by measure; ``unscored``: why it did not. ``shares``: its part of all weights
+    by part of the model. All three are empty where the sites were not asked.
+    """
 
     name: str
     stream: str
@@ -58,6 +73,9 @@ class Site(Open):
     examples: Count | None
     bytes_up: Count | None
     bytes_down: Count | None
+    scores: dict[str, SiteScore] = {}
+    unscored: str | None = None
+    shares: dict[str, Fraction] = {}
 
 
 class Block(Open):

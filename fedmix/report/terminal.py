@@ -7,7 +7,7 @@ control characters: a site cannot colour, move or rewrite the coordinator's scre
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmix.report import measures, narrative, quantities
+from fedmix.report import measures, narrative, quantities, site_value
 from fedmix.report.history import parse_entry
 from fedmix.report.measures import Cell, Grid
 from fedmix.report.progress import Progress, SiteState
@@ -130,10 +130,25 @@ def final_table(report: Report) -> Table:
     return grid_table(measures.headline(report), "method")
 
 
-def remarks(report: Report) -> list[Text]:
-    """What the table has no column for, a sentence each."""
-    sentences = [*other_ways(report.evaluation), *narrative.reranking(report.evaluation)]
-    return [Text(printable(sentence), style="dim") for sentence in sentences]
+def remarks(report: Report) -> list[RenderableType]:
+    """What the table has no column for, a sentence each, and what each hospital got where they measured it."""
+    told = [*other_ways(report.evaluation), *narrative.reranking(report.evaluation), *site_value.contributions(report)]
+    sentences: list[RenderableType] = [Text(printable(sentence), style="dim") for sentence in told]
+    found = site_value.lines(report)
+    return [*sentences, Text(), value_table(found)] if found else sentences
+
+
+def value_table(found: Sequence[site_value.Line]) -> Table:
+    """What each hospital got; what it gave is in the report."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for column, title in enumerate(site_value.HEAD):
+        if title != "gave":
+            table.add_column(title, justify="right" if column > 2 else "left", overflow="fold")
+    for line in found:
+        name, _, *rest = (Text(printable(text)) for text in line.texts)
+        table.add_row(name, *rest)
+    table.caption, table.caption_justify = Text(printable(site_value.verdict(found)), style="dim"), "left"
+    return table
 
 
 def grid_table(grid: Grid, first_column: str) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from little import World, everyone, values
+from little import World, everyone, scoring, values
 
 from fedmix import config
 from fedmix.batch import Batch
@@ -211,3 +211,29 @@ def test_a_union_keeps_findings_where_all_batches_tell_them() -> None:
     assert together.findings is not None
     assert together.findings[:, 0].tolist() == [1.0, 1.0, 0.0]
     assert baselines.union([told[0], tiny.batch("t")]).findings is None
+
+
+# ---- what a site gave, and what it got
+
+
+def test_leave_one_out_is_the_same_stages_without_a_site_and_without_what_only_it_trains(tmp_path: Path) -> None:
+    found = federated(values(tmp_path), "leave_one_out")
+    assert list(found) == ["without_north", "without_south", "without_west"]
+    stages = {name: {stage.name: stage.sites for stage in one.stages} for name, one in found.items()}
+    assert stages["without_north"] == {"unpaired": ("south",), "paired": ("west",)}
+    assert stages["without_west"] == {"unpaired": ("north", "south")}
+    assert found["without_north"].data == config.build(values(tmp_path)).data
+
+
+def test_leaving_out_the_only_site_is_refused(tmp_path: Path) -> None:
+    wanted = values(tmp_path)
+    wanted["data"]["sites"], wanted["stages"] = wanted["data"]["sites"][2:], wanted["stages"][1:]
+    with pytest.raises(ConfigError, match="without west no site is left"):
+        federated(wanted, "leave_one_out")
+
+
+def test_every_site_trains_alone_where_sites_score_models_and_the_best_is_still_one_with_pairs(tmp_path: Path) -> None:
+    assert list(federated(values(tmp_path), "local_only")) == ["site_west"]
+    wanted = scoring(tmp_path)
+    assert list(federated(wanted, "local_only")) == ["site_north", "site_south", "site_west"]
+    assert [site.name for site in baselines.lonely(config.build(wanted))] == ["west"]

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from federations import processes_with
-from little import World, everyone, processes_of
+from little import World, everyone, processes_of, scoring
 
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
+from server import site_scores
 from server.store import RunStore
 from simulations import superlink
 from simulations.superlink import run_on_superlink
@@ -87,3 +88,19 @@ def test_a_site_that_refuses_ends_the_run_with_its_reason_and_leaves_nothing(tmp
         run_on_superlink(folder, places, threads_per_site=1, watch=lambda row: None)
     assert processes_of(folder, "flower|flwr") == []
     assert json.loads((folder / "manifest.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sites_score_the_model_over_a_superlink_as_they_do_here(tmp_path: Path) -> None:
+    world = World(tmp_path / "here", scoring(tmp_path, federation={"deadline_s": 300.0}))
+    world.run()
+    expected = site_scores.kept(world.experiment, world.store.folder)
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(world.experiment.to_yaml())
+    places = [replace(place, experiment=folder / "config.yaml", state=folder / "sites" / place.site) for place in world.places]
+    run_on_superlink(folder, places, threads_per_site=1, watch=lambda row: None)
+    assert expected is not None
+    assert all(one["scores"] for one in expected.values())
+    assert site_scores.kept(world.experiment, folder) == expected
