@@ -157,7 +157,7 @@ def _as_multiplied(module: nn.Module, read: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def learning_modules(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """The modules that hold the parameters whose names are wanted; raises ConfigError where Opacus knows no sampler."""
+    """The modules that hold the parameters whose names are wanted; raises ConfigError for other kinds of module."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not any(wanted(f"{name}.{parameter}") for parameter, _ in module.named_parameters(recurse=False)):
@@ -225,7 +225,7 @@ def _pieces(num_values: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _of_table(calls: Sequence[_Call], num_patients: int) -> Tensor:
-    """The same for look-ups: what a patient looked up twice is added before it is squared."""
+    """Squared length [U] of each patient's gradient at a table; rows looked up twice are added before they are squared."""
     patient_M = torch.cat([call.patient_N.to(call.read.device).repeat_interleave(call.read[0].numel()) for call in calls])
     number_M = torch.cat([call.read.flatten() for call in calls])
     gradient_ME = torch.cat([call.gradient.flatten(0, -2) for call in calls]).float()

@@ -121,7 +121,7 @@ def test_bfloat16_gradients_equal_a_loop_over_patients_to_float32(
     patient_N, module = torch.tensor([0, 1, 1, 2, 3]), nn.Linear(48, 80)
     read, gradient = (torch.randn(5, num_tokens, width, generator=tiny.generator(width)).bfloat16() for width in (48, 80))
     gradient[4] = float("inf")
-    ours, before = ClippedSum({"linear": module}, clip=300.0), torch.backends.mkldnn.matmul.fp32_precision
+    ours, before = ClippedSum({"linear": module}, clip=20.0), torch.backends.mkldnn.matmul.fp32_precision
     with ours.watching(), ours.rows_of(patient_N), torch.autocast("cpu", torch.bfloat16):
         module(read.float()).backward(gradient)
     norm_U = ours.add(4)
@@ -133,7 +133,7 @@ def test_bfloat16_gradients_equal_a_loop_over_patients_to_float32(
         norm = float(torch.cat([one.flatten() for one in each]).norm())
         assert float(norm_U[patient]) == pytest.approx(norm, rel=1e-6)
         for total, one in zip(expected.values(), each, strict=True):
-            total += min(1.0, 300.0 / norm) * one
+            total += min(1.0, 20.0 / norm) * one
     assert not bool(norm_U[3].isfinite())
     for name, total in expected.items():
         torch.testing.assert_close(ours.totals[name].double(), total, rtol=1e-5, atol=1e-5)
