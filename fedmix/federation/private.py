@@ -122,8 +122,9 @@ class PrivateSteps:
                     add(self._learner, found, batch, chance, within=self._within)
         for name, parameter in self._learner.model.named_parameters():
             if name in self._reached:
+                total = found.totals.get(name)
                 parameter.grad = noised(
-                    found.totals.get(name, torch.zeros_like(parameter)),
+                    torch.zeros_like(parameter) if total is None else total,
                     noise_multiplier=self._protection.noise_multiplier,
                     clip=settings.clip,
                     expected=self._patients.expected,

@@ -9,10 +9,11 @@ One step (Abadi et al., 1607.00133, algorithm 1, with patients in place of examp
 Per-patient gradients are never kept. Book-keeping (2210.00038) notes what each module read and the gradient at what it gave,
 from one forward and one backward pass; from these come first every patient's norm, then the clipped sum. Opacus' own modules
 do this for a row of a batch. Here a patient is several rows of several calls (studies, and an image, its report and both
-together), which Opacus adds up BY ROW NUMBER, whoever is in the row. So every row is told its patient, and what reaches Opacus'
-samplers are tensors whose row is a patient, with the tokens of all of a patient's rows behind each other.
+together), which Opacus adds up BY ROW NUMBER, whoever is in the row. So every row is told its patient, and norms are taken of
+tensors whose row is a patient, with the tokens of all of a patient's rows behind each other.
 
 Norms and sums are float32 whatever the model computes in: a product rounded to bfloat16 could be longer than its norm says.
+Under autocast what is multiplied is bfloat16 already, and a float32 sum of its products loses nothing (``_of_bfloat16``).
 What chance decides here must be secret, or whoever knows it subtracts the noise: ``secret_chance`` and nothing else seeds it.
 It is torch's generator, which is no cryptographic one, and its normal numbers are floats (Mironov 2012); both are limits.
 
@@ -21,16 +22,16 @@ Shapes: N rows of a call, U patients, T tokens, D what a module reads, E what it
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from opacus.grad_sample import GradSampleModule
 from torch import Generator, Tensor, nn
 
 from fedmix.errors import ConfigError
@@ -57,7 +58,7 @@ def clip_factors(norm_U: Tensor, clip: float) -> Tensor:
 
 def noised(total: Tensor, *, noise_multiplier: float, clip: float, expected: float, chance: Generator) -> Tensor:
     """(total + N(0, (sigma C)^2)) / B, of the shape and on the device of ``total``."""
-    noise = torch.randn(total.shape, generator=chance) * (noise_multiplier * clip)
+    noise = torch.normal(0.0, noise_multiplier * clip, total.shape, generator=chance)
     return total.add_(noise.to(total.device)).div_(expected)
 
 
@@ -68,12 +69,6 @@ class _Call:
     read: Tensor
     gradient: Tensor
     patient_N: Tensor
-
-    def pieces(self) -> Iterator[_Call]:
-        """The call a few rows at a time."""
-        size = _at_a_time(max(self.read[0].numel(), self.gradient[0].numel()))
-        parts = zip(self.read.split(size), self.gradient.split(size), self.patient_N.split(size), strict=True)
-        yield from (_Call(*part) for part in parts)
 
 
 @dataclass
@@ -93,6 +88,11 @@ class ClippedSum:
     def watching(self) -> Iterator[None]:
         """Note the calls of the modules; their parameters need no gradient of autograd meanwhile."""
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        handles += [
+            module.register_forward_pre_hook(_as_multiplied)
+            for module in self.modules.values()
+            if isinstance(module, nn.Linear)
+        ]
         try:
             yield
         finally:
@@ -110,19 +110,28 @@ class ClippedSum:
 
     def add(self, num_patients: int) -> Tensor:
         """Clip what the calls since the last ``add`` hold of each patient, add it to the totals, and return the norms [U]."""
-        squared_U = torch.zeros(num_patients)
+        squared_U, vectors = torch.zeros(num_patients), dict[str, Tensor]()
         for name, calls in self._calls.items():
-            squared_U = squared_U.to(calls[0].gradient.device) + _squared_norms(self.modules[name], calls, num_patients)
+            of_weight_U, own = _found(self.modules[name], calls, num_patients)
+            of_vectors_U = [vector_UE.square().sum(dim=1) for vector_UE in own.values()]
+            squared_U = squared_U.to(of_weight_U.device) + torch.stack([of_weight_U, *of_vectors_U]).sum(dim=0)
+            vectors |= {f"{name}.{parameter}": vector_UE for parameter, vector_UE in own.items()}
         norm_U = squared_U.sqrt()
-        factor_U = clip_factors(norm_U, self.clip)
+        factor_U = clip_factors(norm_U, self.clip).float()
+        for whole, vector_UE in vectors.items():
+            vector_UE[factor_U == 0] = 0.0  # zero times infinity is not zero
+            self._total(whole, vector_UE[0]).add_(factor_U @ vector_UE)
         for name, calls in self._calls.items():
-            for call in chain.from_iterable(call.pieces() for call in calls):
-                factor_N = factor_U[call.patient_N.to(factor_U.device)]
-                for parameter, part in _weighted(self.modules[name], call, factor_N).items():
-                    whole = f"{name}.{parameter}"
-                    self.totals[whole] = self.totals[whole].add_(part) if whole in self.totals else part
+            if f"{name}.weight" not in vectors:
+                for call in calls:
+                    _add_weighted(self._total(f"{name}.weight", self.modules[name].get_parameter("weight")), call, factor_U)
         self._calls.clear()
         return norm_U
+
+    def _total(self, whole: str, like: Tensor) -> Tensor:
+        if whole not in self.totals:
+            self.totals[whole] = torch.zeros_like(like, dtype=torch.float32)
+        return self.totals[whole]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def note(module: nn.Module, read: tuple[Any, ...], given: Tensor) -> Tensor | None:
@@ -141,8 +150,14 @@ class ClippedSum:
         return note
 
 
+def _as_multiplied(module: nn.Module, read: tuple[Tensor]) -> tuple[Tensor]:
+    """What a linear module reads in the type in which autocast multiplies it, so that it is converted once and noted small."""
+    device = read[0].device.type
+    return (read[0].to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else read
+
+
 def learning_modules(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
-    """The modules that hold the parameters whose names are wanted; raises ConfigError where Opacus knows no sampler."""
+    """The modules that hold the parameters whose names are wanted; raises ConfigError for other kinds of module."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not any(wanted(f"{name}.{parameter}") for parameter, _ in module.named_parameters(recurse=False)):
@@ -156,45 +171,61 @@ def learning_modules(model: nn.Module, wanted: Callable[[str], bool]) -> dict[st
 # ---- norms
 
 
-def _squared_norms(module: nn.Module, calls: Sequence[_Call], num_patients: int) -> Tensor:
-    """Squared length [U] of each patient's gradient at a module's parameters, over all calls."""
+def _found(module: nn.Module, calls: Sequence[_Call], num_patients: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of each patient's gradient at a module: the squared length at its matrix or table [U], and its vectors whole [U, E]."""
     if isinstance(module, nn.Embedding):
-        return _of_table(calls, num_patients)
+        return _of_table(calls, num_patients), {}
     read_UTD, gradient_UTE = _by_patient(calls, num_patients)
     if isinstance(module, nn.Linear):
-        bias_U = gradient_UTE.sum(dim=1, dtype=torch.float32).square().sum(dim=1) if module.bias is not None else 0.0
-        return _of_matrix(read_UTD, gradient_UTE) + bias_U
-    with _learning(module):
-        samples = GradSampleModule.GRAD_SAMPLERS[type(module)](module, [read_UTD.float()], gradient_UTE.float())
-    return torch.stack([sample.flatten(1).square().sum(dim=1) for sample in samples.values()]).sum(dim=0)
+        squared_U, bias_UE = _of_matrix(read_UTD, gradient_UTE)
+        return squared_U, {"bias": bias_UE} if module.bias is not None else {}
+    assert isinstance(module, nn.LayerNorm)
+    vectors = _of_norm(module, read_UTD, gradient_UTE)
+    return vectors["weight"].new_zeros(num_patients), vectors
 
 
-def _of_matrix(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
-    """|sum_t e_t d_t^T|^2 for every patient, by whichever way computes less (mixed ghost clipping, 2205.10683)."""
+def _of_norm(module: nn.LayerNorm, read_UTD: Tensor, gradient_UTD: Tensor) -> dict[str, Tensor]:
+    """Each patient's gradient at a LayerNorm's scale and shift [U, D]."""
+    scale, shift = [], []
+    for read, gradient in _pieces(read_UTD[0].numel(), read_UTD, gradient_UTD):
+        shift.append(gradient.float().sum(dim=1))
+        scale.append(F.layer_norm(read.float(), module.normalized_shape, eps=module.eps).mul_(gradient).sum(dim=1))
+    return {"weight": torch.cat(scale)} | ({"bias": torch.cat(shift)} if module.bias is not None else {})
+
+
+def _of_matrix(read_UTD: Tensor, gradient_UTE: Tensor) -> tuple[Tensor, Tensor]:
+    """|sum_t e_t d_t^T|^2 for every patient, by whichever way computes less (mixed ghost clipping, 2205.10683); sum_t e_t."""
     num_tokens, width, given = read_UTD.shape[1], read_UTD.shape[2], gradient_UTE.shape[2]
     is_ghost = num_tokens * (width + given) <= width * given
     of_piece, largest = (_by_tokens, num_tokens * max(num_tokens, width, given)) if is_ghost else (_by_entries, width * given)
-    size = _at_a_time(largest)
-    parts = zip(read_UTD.split(size), gradient_UTE.split(size), strict=True)
-    return torch.cat([of_piece(read.float(), gradient.float()) for read, gradient in parts])
+    squared, sums = [], []
+    with _of_bfloat16(read_UTD, gradient_UTE):
+        for read, gradient in _pieces(largest, read_UTD, gradient_UTE):
+            wide = gradient.float()
+            squared.append(of_piece(read.float(), wide))
+            sums.append(wide.sum(dim=1))
+    return torch.cat(squared), torch.cat(sums)
 
 
 def _by_tokens(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
-    products_UTT = (read_UTD @ read_UTD.mT) * (gradient_UTE @ gradient_UTE.mT)
-    return products_UTT.sum(dim=(1, 2), dtype=torch.float64).clamp_min(0)
+    products_UTT = (read_UTD @ read_UTD.mT).mul_(gradient_UTE @ gradient_UTE.mT)
+    return products_UTT.sum(dim=2).sum(dim=1, dtype=torch.float64).clamp_min(0)
 
 
 def _by_entries(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
-    return (gradient_UTE.mT @ read_UTD).square().sum(dim=(1, 2), dtype=torch.float64)
+    length_UE: Tensor = torch.linalg.vector_norm(gradient_UTE.mT @ read_UTD, dim=2)
+    return length_UE.square().sum(dim=1, dtype=torch.float64)
 
 
-def _at_a_time(num_values: int) -> int:
-    """How many rows of so many float32 values make a piece, at least one."""
-    return max(1, PIECE_BYTES // (4 * max(1, num_values)))
+def _pieces(num_values: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of all tensors at a time, of which each makes so many float32 values."""
+    num_rows = len(tensors[0])
+    num = max(1, min(num_rows, math.ceil(4 * num_values * num_rows / PIECE_BYTES)))
+    yield from zip(*(tensor.chunk(num) for tensor in tensors), strict=True)
 
 
 def _of_table(calls: Sequence[_Call], num_patients: int) -> Tensor:
-    """The same for look-ups: what a patient looked up twice is added before it is squared."""
+    """Squared length [U] of each patient's gradient at a table; rows looked up twice are added before they are squared."""
     patient_M = torch.cat([call.patient_N.to(call.read.device).repeat_interleave(call.read[0].numel()) for call in calls])
     number_M = torch.cat([call.read.flatten() for call in calls])
     gradient_ME = torch.cat([call.gradient.flatten(0, -2) for call in calls]).float()
@@ -232,35 +263,75 @@ def _tokens(values: Tensor) -> Tensor:
 # ---- sums
 
 
-def _weighted(module: nn.Module, call: _Call, factor_N: Tensor) -> dict[str, Tensor]:
-    """The gradient of a call at a module's parameters, each row times its patient's factor."""
-    gradient_NTE = _tokens(call.gradient).float() * factor_N.float()[:, None, None]
-    read = call.read.float() if call.read.is_floating_point() else call.read
+def _add_weighted(total: Tensor, call: _Call, factor_U: Tensor) -> None:
+    """Add a call's gradient at a matrix or a table, each row times its patient's factor."""
+    read, gradient, factor_N = call.read, _tokens(call.gradient), factor_U[call.patient_N.to(factor_U.device)]
     if not bool(factor_N.all()):  # zero times infinity is not zero
-        gradient_NTE[factor_N == 0] = 0.0
-        read = read.clone() if read.is_floating_point() else read
-        if read.is_floating_point():
-            read[factor_N == 0] = 0.0
-    gradient_ME = gradient_NTE.flatten(0, 1)
-    if isinstance(module, nn.Embedding):
-        return {"weight": torch.zeros_like(module.weight).index_add(0, read.flatten(), gradient_ME)}
-    read_MD = read.reshape(len(gradient_ME), -1)
-    if isinstance(module, nn.Linear):
-        parts = {"weight": gradient_ME.mT @ read_MD}
+        kept = factor_N.nonzero().flatten()
+        read, gradient, factor_N = read[kept], gradient[kept], factor_N[kept]
+    if not read.is_floating_point():
+        total.index_add_(0, read.flatten(), (gradient.float() * factor_N[:, None, None]).flatten(0, 1))
+        return
+    read = _tokens(read)
+    with _of_bfloat16(read, gradient) as is_rounded:
+        for piece in _pieces(max(math.prod(read.shape[1:]), math.prod(gradient.shape[1:])), read, gradient, factor_N):
+            _add_product(total, *piece, is_rounded=is_rounded)
+
+
+def _add_product(total_ED: Tensor, read_NTD: Tensor, gradient_NTE: Tensor, factor_N: Tensor, *, is_rounded: bool) -> None:
+    """Add sum_n c_n sum_t e_t d_t^T; the smaller of the two is what the factors are multiplied with."""
+    factor_N11 = factor_N[:, None, None]
+    if read_NTD.shape[2] <= gradient_NTE.shape[2]:
+        gradient_ME = gradient_NTE.float().flatten(0, 1)
+        for term_MD in _terms((read_NTD * factor_N11).flatten(0, 1), is_rounded=is_rounded):
+            total_ED.addmm_(gradient_ME.mT, term_MD)
     else:
-        assert isinstance(module, nn.LayerNorm)
-        normed_MD = F.layer_norm(read_MD, module.normalized_shape, eps=module.eps)
-        parts = {"weight": (normed_MD * gradient_ME).sum(dim=0)}
-    return parts | ({"bias": gradient_ME.sum(dim=0)} if module.bias is not None else {})
+        read_MD = read_NTD.float().flatten(0, 1)
+        for term_ME in _terms((gradient_NTE * factor_N11).flatten(0, 1), is_rounded=is_rounded):
+            total_ED.addmm_(term_ME.mT, read_MD)
+
+
+# ---- products of bfloat16 numbers with float32 sums
 
 
 @contextmanager
-def _learning(module: nn.Module) -> Iterator[None]:
-    """Opacus' samplers leave out parameters that want no gradient."""
-    wanted = [parameter.requires_grad for parameter in module.parameters()]
-    module.requires_grad_()
+def _of_bfloat16(*operands: Tensor) -> Iterator[bool]:
+    """Whether float32 products within round what they multiply to bfloat16; they may only if all ``operands`` are just that.
+
+    torch has no product of bfloat16 matrices with a float32 result on a CPU. It can allow oneDNN to round the operands of a
+    float32 product, which those that were bfloat16 survive unchanged: AMX multiplies them as what they are and sums in
+    float32, other processors do it all in float32. The permission is the process's, so it is given for these products alone.
+    """
+    if any(operand.dtype != torch.bfloat16 or operand.device.type != "cpu" for operand in operands):
+        yield False
+        return
+    with _rounding():
+        yield _does_round()
+
+
+@contextmanager
+def _rounding() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        for parameter, was in zip(module.parameters(), wanted, strict=True):
-            parameter.requires_grad_(was)
+        matmul.fp32_precision = before
+
+
+@cache
+def _does_round() -> bool:
+    """Whether this processor makes use of the permission, tried on a product that is large enough for it."""
+    finer = torch.full((256, 256), 1 + 2**-10)
+    with _rounding():
+        return not torch.equal(finer @ torch.eye(256), finer)
+
+
+def _terms(values: Tensor, *, is_rounded: bool) -> list[Tensor]:
+    """What adds up to float32 ``values`` exactly and survives rounding: three bfloat16 numbers of 8 bits each have their 24."""
+    if not is_rounded:
+        return [values]
+    first = values.bfloat16().float()
+    second = (values - first).bfloat16().float()
+    return [first, second, values - first - second]

@@ -178,6 +178,22 @@ def test_no_patient_reaches_farther_than_the_clip_when_the_model_computes_in_bfl
     assert all(total.dtype == torch.float32 for total in found.totals.values())
 
 
+def test_bfloat16_patient_gradients_are_those_of_a_loop_but_for_the_model_s_own_rounding() -> None:
+    learner, batch = tiny.learner(mvm=1.0, mlm=0.3, joint_share=0.5), People(["i", "pp", "t", "ip"]).batch
+    learner.model.train()
+    with local.arithmetic("bfloat16"):
+        each = loop(learner, batch, tiny.generator(5))
+    lengths = [length(gradients) for gradients in each]
+    clip = sorted(lengths)[1] * 0.9
+    expected = added(each, [min(1.0, clip / one) for one in lengths])
+    found = ClippedSum(learning_modules(learner.model, lambda name: True), clip)
+    with private.no_gradients_of(learner.model), found.watching():
+        norm_U = private.add(learner, found, batch, tiny.generator(5), within=lambda: local.arithmetic("bfloat16"))
+    torch.testing.assert_close(norm_U, torch.tensor(lengths, dtype=torch.float64), rtol=0.02, atol=0)
+    assert found.totals.keys() == expected.keys()
+    assert length({name: found.totals[name] - value for name, value in expected.items()}) <= 0.02 * length(expected)
+
+
 def test_one_patient_more_moves_the_sum_by_no_more_than_the_clip() -> None:
     learner, kinds = tiny.learner(mvm=1.0, mlm=0.3), ["i", "pp", "t", "ip"]
     batch, clip = People(kinds).batch, 0.3

@@ -11,6 +11,7 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from fedmix.errors import ConfigError
+from fedmix.privacy import dpsgd
 from fedmix.privacy.dpsgd import ClippedSum, clip_factors, learning_modules, noised, poisson_sample, secret_chance
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
@@ -107,3 +108,42 @@ def test_opacus_by_itself_adds_rows_of_different_patients_up() -> None:
 def test_a_module_without_a_known_gradient_is_refused() -> None:
     with pytest.raises(ConfigError, match="no per-patient gradient is known for a Conv2d"):
         learning_modules(nn.Sequential(nn.Conv2d(1, 1, 3)), lambda name: True)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 64])  # norms by tokens, and by entries
+@pytest.mark.parametrize("splits", [False, True])
+def test_bfloat16_gradients_equal_a_loop_over_patients_to_float32(
+    num_tokens: int, splits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What autocast multiplies is known exactly here, so a sum that were rounded to bfloat16 would differ by 1e-3."""
+    if splits:  # else as this processor needs
+        monkeypatch.setattr(dpsgd, "_does_round", lambda: True)
+    patient_N, module = torch.tensor([0, 1, 1, 2, 3]), nn.Linear(48, 80)
+    read, gradient = (torch.randn(5, num_tokens, width, generator=tiny.generator(width)).bfloat16() for width in (48, 80))
+    gradient[4] = float("inf")
+    ours, before = ClippedSum({"linear": module}, clip=20.0), torch.backends.mkldnn.matmul.fp32_precision
+    with ours.watching(), ours.rows_of(patient_N), torch.autocast("cpu", torch.bfloat16):
+        module(read.float()).backward(gradient)
+    norm_U = ours.add(4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    expected = {"linear.weight": torch.zeros(80, 48).double(), "linear.bias": torch.zeros(80).double()}
+    for patient in range(3):
+        own = gradient[patient_N == patient].double().flatten(0, 1)
+        each = [own.mT @ read[patient_N == patient].double().flatten(0, 1), own.sum(dim=0)]
+        norm = float(torch.cat([one.flatten() for one in each]).norm())
+        assert float(norm_U[patient]) == pytest.approx(norm, rel=1e-6)
+        for total, one in zip(expected.values(), each, strict=True):
+            total += min(1.0, 20.0 / norm) * one
+    assert not bool(norm_U[3].isfinite())
+    for name, total in expected.items():
+        torch.testing.assert_close(ours.totals[name].double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_numbers_are_exact_sums_of_three_that_survive_rounding() -> None:
+    values = torch.randn(10_000, generator=tiny.generator()) * 2.0 ** torch.randint(
+        -40, 40, (10_000,), generator=tiny.generator()
+    )
+    terms = dpsgd._terms(values, is_rounded=True)
+    assert all(torch.equal(term, term.bfloat16().float()) for term in terms)
+    assert torch.equal(torch.stack(terms).double().sum(dim=0), values.double())
+    assert [len(one) for one in dpsgd._terms(values, is_rounded=False)] == [len(values)]
