@@ -92,6 +92,13 @@ def prepare(
     lang: Annotated[
         str, typer.Option(help="table, dicom: language of the texts where no column lang says, such as en or pt-BR")
     ] = "",
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="such as 1/3: of the patients outside the official test split only the first of three parts, by the site "
+            "key; one data set then plays several institutes"
+        ),
+    ] = None,
     size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
     fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
     normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
@@ -158,6 +165,7 @@ def prepare(
         max_bad_share=max_bad_share,
         replace=replace,
         fresh=fresh,
+        part=_part(part),
     )
     source_options = SourceOptions(_label_names(labels), encoding, reports, lang)
     with _progress() as progress:
@@ -191,6 +199,16 @@ def _source(layout: LayoutChoice, root: Path, options: SourceOptions, csv: Path 
     if layout is not LayoutChoice.table:
         return open_source(layout.value, root, options)
     return table_source(real_root(root), options, TableOptions(csv=csv, columns=TableColumns(**columns)))
+
+
+def _part(part: str | None) -> tuple[int, int] | None:
+    """Which part of how many ``--part`` asks for."""
+    if part is None:
+        return None
+    number, _, num_parts = part.partition("/")
+    if not (number.isdecimal() and num_parts.isdecimal()):
+        raise ConfigError(f"--part is {part!r}; give a part and how many there are, such as 1/3")
+    return int(number), int(num_parts)
 
 
 def _label_names(labels: str | None) -> tuple[str, ...] | None:
