@@ -232,13 +232,17 @@ class Membership(Block):
 
 
 class Evaluation(Open):
-    """What the central evaluation found; ``skipped`` maps the place of a part that is absent to the reason."""
+    """What the central evaluation found; ``skipped`` maps the place of a part that is absent to the reason.
+
+    ``also``: the same of further held-out sets, by their names.
+    """
 
     classification: Classification | None = None
     retrieval: Retrieval | None = None
     regeneration: Regeneration | None = None
     language: Language | None = None
     membership: Membership | None = None
+    also: dict[str, Evaluation] = {}
     skipped: dict[str, str] = {}
 
 
