@@ -18,6 +18,7 @@ from fedmix.data.phantom import PROMPTS
 from fedmix.evaluation import (
     calibration,
     classification,
+    exclusive,
     label_shares,
     language,
     regeneration,
@@ -43,7 +44,8 @@ __all__ = ["TASKS", "Evaluation", "EvaluationSettings", "HeldOut", "evaluate", "
 
 Task = Callable[[EvaluationContext], Findings]
 
-RERANKED = "retrieval/reranked"  # run only where it is asked for: it reads thousands of joint sequences
+RERANKED = "retrieval/reranked"
+EXCLUSIVE = "exclusive"
 TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/linear_probe": classification.evaluate_linear_probe,
     "classification/few_label_probe": classification.evaluate_few_label_probe,
@@ -57,10 +59,16 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/text_probe": classification.evaluate_text_probe,
     "retrieval": retrieval.evaluate_retrieval,
     RERANKED: reranking.evaluate_reranking,
+    EXCLUSIVE: exclusive.evaluate_exclusive,
     "regeneration": regeneration.evaluate_regeneration,
     "language": language.evaluate_language,
 }
 
+# What runs only where there is a question: re-ranking reads thousands of joint sequences, and most sets have other labels.
+ASKED: dict[str, Callable[[EvaluationContext], bool]] = {
+    RERANKED: lambda context: context.settings.rerank_top > 0,
+    EXCLUSIVE: lambda context: set(exclusive.FINDINGS) <= set(context.held_out.label_names),
+}
 
 # What a task asks of a model: to have learnt one of these. A model that learnt others gets no number for it; one that learnt
 # nothing at all gets one, as a floor.
@@ -69,6 +77,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "classification/zero_shot": ALIGNING,
     "classification/triggers": ALIGNING,
     "retrieval": ALIGNING,
+    EXCLUSIVE: ALIGNING,
     "regeneration": ("mvm",),
     "language": ("mlm",),
 }
@@ -122,7 +131,7 @@ def evaluate(
     examples: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    tasks = {place: task for place, task in TASKS.items() if place != RERANKED or context.settings.rerank_top}
+    tasks = {place: task for place, task in TASKS.items() if place not in ASKED or ASKED[place](context)}
     for num_done, (place, task) in enumerate(tasks.items()):
         say(place, num_done, len(tasks))
         started = time.perf_counter()
