@@ -148,12 +148,13 @@ def run(
 
     agreed = planning.read_plan(at, plan_file)
     from fedmix.report.summary import read_report
-    from fedmix.report.terminal import LiveView, final_table
+    from fedmix.report.terminal import LiveView, final_table, remarks
     from server import running
 
     with LiveView(out_console) as live:
         page = running.run(at, agreed, resume=resume, view=Screen(live))
-    out_console.print(final_table(read_report(page.parent)))
+    report = read_report(page.parent)
+    out_console.print(final_table(report), *remarks(report), sep="\n")
     _say(f"report: {page}")
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import measures, narrative, quantities
+from fedmix.report.further import by_finding, further_sets
 from fedmix.report.history import parse_entry
 from fedmix.report.measures import Cell, Grid
 from fedmix.report.progress import Progress, SiteState
@@ -129,9 +130,18 @@ def final_table(report: Report) -> Table:
     return grid_table(measures.headline(report), "method")
 
 
-def remarks(report: Report) -> list[Text]:
-    """What the table has no column for, a sentence each."""
-    return [Text(printable(sentence), style="dim") for sentence in narrative.reranking(report.evaluation)]
+def remarks(report: Report) -> list[RenderableType]:
+    """What the table has no column for, a sentence each, then a table of each further held-out set with its own."""
+    sentences = [*narrative.reranking(report.evaluation), *by_finding(report.evaluation)]
+    parts: list[RenderableType] = [_remark(sentence) for sentence in sentences]
+    for one in further_sets(report):
+        title = Text(f"\non {printable(one.name)}", style="bold")
+        parts += [title, grid_table(one.grid, "method"), *map(_remark, one.sentences)]
+    return parts
+
+
+def _remark(sentence: str) -> Text:
+    return Text(printable(sentence), style="dim")
 
 
 def grid_table(grid: Grid, first_column: str) -> Table:
