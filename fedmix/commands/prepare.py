@@ -99,6 +99,9 @@ def prepare(
             "key; one data set then plays several institutes"
         ),
     ] = None,
+    shares: Annotated[
+        str, typer.Option(help="of train, val and test, by patient, where the data set has no splits of its own")
+    ] = "0.8,0.1,0.1",
     size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
     fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
     normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
@@ -165,6 +168,7 @@ def prepare(
         max_bad_share=max_bad_share,
         replace=replace,
         fresh=fresh,
+        split_shares=_shares(shares),
         part=_part(part),
     )
     source_options = SourceOptions(_label_names(labels), encoding, reports, lang)
@@ -199,6 +203,15 @@ def _source(layout: LayoutChoice, root: Path, options: SourceOptions, csv: Path 
     if layout is not LayoutChoice.table:
         return open_source(layout.value, root, options)
     return table_source(real_root(root), options, TableOptions(csv=csv, columns=TableColumns(**columns)))
+
+
+def _shares(shares: str) -> tuple[float, float, float]:
+    """The three numbers of ``--shares``; whether they add up is asked where they are used."""
+    try:
+        train, val, test = map(float, shares.split(","))
+    except ValueError:
+        raise ConfigError(f"--shares is {shares!r}; give three numbers that add up to 1, such as 0.8,0.1,0.1") from None
+    return train, val, test
 
 
 def _part(part: str | None) -> tuple[int, int] | None:
