@@ -20,6 +20,7 @@ from fedmix.evaluation import suite
 from fedmix.evaluation.features import Report
 from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation import robust
+from fedmix.model.encoder import MixedModel
 from fedmix.report import energy, summary
 from server import accounts, secure, site_scores
 from server import held_out as central
@@ -46,13 +47,15 @@ def evaluate(
         return kept
     started = time.time()
     model = central.set_parameters(central.random_model(experiment, tokenizer), parameters)
-    settings = central.settings_of(experiment)
-    settings = settings if was_trained else replace(settings, trained_on=())
-    evaluation = suite.evaluate(model, held_out, tokenizer=tokenizer, settings=settings)
+    evaluation = _found(experiment, model, held_out, tokenizer, None, was_trained=was_trained)
     source = _source(experiment)
     if source is not None:
         central.write_examples(folder / "evaluation", evaluation.examples, held_out, tokenizer, source)
     report = evaluation.as_report()
+    for name in experiment.data.held_out.also:  # one after the other: they may be large
+        others = central.load(experiment.data, tokenizer, name)
+        found = _found(experiment, model, others, tokenizer, name, was_trained=was_trained)
+        report.setdefault("also", {})[name] = found.as_report()
     if attack is not None:
         report["membership"] = attack()
     elif experiment.evaluation.membership_patients:
@@ -60,6 +63,21 @@ def evaluate(
     result = {"of": _evaluated(experiment), "report": report, "seconds": time.time() - started}
     summary.write_json(folder / "evaluation" / "evaluation.json", result)
     return result
+
+
+def _found(
+    experiment: config.Experiment,
+    model: MixedModel,
+    studies: HeldOut,
+    tokenizer: Tokenizer,
+    name: str | None,
+    *,
+    was_trained: bool,
+) -> suite.Evaluation:
+    """What a model does with the held-out set of this name; None is the main one."""
+    settings = central.settings_of(experiment, name)
+    settings = settings if was_trained else replace(settings, trained_on=())
+    return suite.evaluate(model, studies, tokenizer=tokenizer, settings=settings)
 
 
 def kept_evaluation(experiment: config.Experiment, folder: Path) -> dict[str, Any] | None:
@@ -75,6 +93,8 @@ def _evaluated(experiment: config.Experiment) -> str:
     """What decides an evaluation: the experiment's weights, the held-out set and the settings."""
     settings = experiment.evaluation.model_dump(mode="json", exclude=None if experiment.evaluation.at_sites else {"at_sites"})
     wanted = [experiment.data.held_out.model_dump(mode="json"), settings]
+    if not wanted[0]["also"]:  # as before there were these
+        wanted[0].pop("also")
     if experiment.model.warm_start is not None:
         wanted.append(warm_start_hashes(experiment))
     return hashlib.sha256(json.dumps([experiment.fingerprint(), *wanted], sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from fedmix.data.shard import Shard
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 from fedmix.evaluation import suite
+from fedmix.evaluation.features import random_for
 from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation.local import seed_of
 from fedmix.model import pretrained
@@ -24,6 +25,8 @@ from fedmix.model.encoder import MixedModel
 from fedmix.model.folder import continue_from, trained_on
 from fedmix.model.pretrained import LoadReport
 from server.store import Parameters
+
+NO_MEAN_IMAGE = "the held-out shards have no image in their training split, which gives the mean image"
 
 
 def initial_model(experiment: config.Experiment, tokenizer: Tokenizer) -> MixedModel:
@@ -66,17 +69,29 @@ def set_parameters(model: MixedModel, parameters: Parameters) -> MixedModel:
     return model
 
 
-def load(data: config.Data, tokenizer: Tokenizer) -> HeldOut:
-    """The held-out set of an experiment: drawn phantoms, or the test split of prepared shards with their training split
-    for the probe. A shard that a site trains on may be named here: only its test split is evaluated on.
+def load(data: config.Data, tokenizer: Tokenizer, name: str | None = None) -> HeldOut:
+    """The held-out set of an experiment, or the one of this name among ``held_out.also``: drawn phantoms, or the test split of
+    prepared shards with their training split for the probe. A shard that a site trains on may be named here: only its test
+    split is evaluated on.
+
+    With the first of them the shards of all are looked at: a run is not to fail after its last round for want of one.
     """
-    if data.held_out.phantom is not None:
-        return _phantoms(data.held_out.phantom, data, tokenizer)
-    return of_shards([Shard.open(path) for path in data.held_out.shards], data.image_size, tokenizer)
+    wanted = data.held_out if name is None else data.held_out.also[name]
+    if name is None:
+        for other in data.held_out.also.values():
+            _check([Shard.open(path, verify=False) for path in other.shards], data.image_size, tokenizer)
+    if wanted.phantom is not None:
+        return _phantoms(wanted.phantom, wanted.probe_studies, data, tokenizer)
+    shards = [Shard.open(path) for path in wanted.shards]
+    return of_shards(shards, data.image_size, tokenizer, most_train=wanted.probe_studies)
 
 
-def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) -> HeldOut:
-    """Training splits (for probes) and test splits of shards as one held-out set; labels are matched by name."""
+def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer, *, most_train: int | None = None) -> HeldOut:
+    """Training splits (for probes) and test splits of shards as one held-out set; labels are matched by name.
+
+    ``most_train``: of a longer training split so many studies are drawn, for a probe has no use for more; None takes all.
+    """
+    _check(shards, image_size, tokenizer)
     images: list[NDArray[np.uint8]] = []
     words: list[NDArray[np.int64] | None] = []
     labels: list[NDArray[np.int8]] = []
@@ -87,15 +102,9 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
     sites: list[str] = []
     names = sorted({name for shard in shards for name in shard.label_names})
     for number, shard in enumerate(shards, 1):
-        if shard.has_text.any() and shard.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise DataError(f"held-out shard {shard.path}: prepared with another tokenizer; prepare it again")
-        if shard.has_image.any() and shard.image_size != image_size:
-            raise DataError(
-                f"held-out shard {shard.path}: images of {shard.image_size} px, the model wants {image_size}; prepare it with "
-                f"--size {image_size}, or evaluate a resampled model: fedmix evaluate --image-size {shard.image_size}"
-            )
         columns = [names.index(name) for name in shard.label_names]
-        for row in np.concatenate([shard.select("train"), shard.select("test")]):
+        train = random_for(0, "held-out training split").permutation(shard.select("train"))[:most_train]
+        for row in np.concatenate([np.sort(train), shard.select("test")]):
             image = shard.image(int(row))
             image_row.append(-1 if image is None else len(images))
             if image is not None:
@@ -122,7 +131,22 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) ->
     )
 
 
-def _phantoms(wanted: config.PhantomData, data: config.Data, tokenizer: Tokenizer) -> HeldOut:
+def _check(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer) -> None:
+    """Raise DataError for shards that cannot be evaluated on with these images and words."""
+    for shard in shards:
+        if shard.has_text.any() and shard.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise DataError(f"held-out shard {shard.path}: prepared with another tokenizer; prepare it again")
+        if shard.has_image.any() and shard.image_size != image_size:
+            raise DataError(
+                f"held-out shard {shard.path}: images of {shard.image_size} px, the model wants {image_size}; prepare it with "
+                f"--size {image_size}, or evaluate a resampled model: fedmix evaluate --image-size {shard.image_size}"
+            )
+    has_images = any(shard.has_image.any() for shard in shards)
+    if has_images and not any(shard.has_image[shard.select("train")].any() for shard in shards):
+        raise DataError(NO_MEAN_IMAGE)
+
+
+def _phantoms(wanted: config.PhantomData, num_probe: int, data: config.Data, tokenizer: Tokenizer) -> HeldOut:
     drawn = phantom.generate(
         wanted.studies,
         look=wanted.look,
@@ -133,7 +157,6 @@ def _phantoms(wanted: config.PhantomData, data: config.Data, tokenizer: Tokenize
     )
     assert drawn.images is not None
     assert drawn.reports is not None
-    num_probe = data.held_out.probe_studies
     if num_probe >= wanted.studies:
         raise DataError(f"held_out.probe_studies = {num_probe} leaves no test study of {wanted.studies}; lower it")
     is_train = np.arange(wanted.studies) < num_probe
@@ -156,18 +179,18 @@ def _mean_image(images: NDArray[np.uint8] | None, image_row: Sequence[int], is_t
         return None
     rows = [row for row, train in zip(image_row, is_train, strict=True) if train and row >= 0]
     if not rows:
-        raise DataError("the held-out shards have no image in their training split, which gives the mean image")
+        raise DataError(NO_MEAN_IMAGE)
     mean_SS: NDArray[Any] = images[rows].mean(axis=0) / 255.0
     return mean_SS
 
 
-def settings_of(experiment: config.Experiment) -> suite.EvaluationSettings:
-    """The experiment's evaluation section as the evaluation room takes it."""
-    wanted = experiment.evaluation
+def settings_of(experiment: config.Experiment, name: str | None = None) -> suite.EvaluationSettings:
+    """The experiment's evaluation section as the evaluation room takes it, for the held-out set of this name as in ``load``."""
+    wanted, held_out = experiment.evaluation, experiment.data.held_out
     return suite.EvaluationSettings(
         gallery=wanted.gallery,
         mask_ratio=wanted.mask_ratio,
-        num_probe_train=experiment.data.held_out.probe_studies,
+        num_probe_train=(held_out if name is None else held_out.also[name]).probe_studies,
         num_bootstrap=wanted.num_bootstrap,
         max_images_regeneration=wanted.regeneration_images,
         seed=experiment.seed,

@@ -73,7 +73,10 @@ def _with_whole_paths(experiment: config.Experiment) -> dict[str, Any]:
     """The experiment's values with the coordinator's own paths from the root: the ServerApp starts in another folder."""
     values, data = experiment.model_dump(mode="json"), experiment.data
     values["data"]["cache"] = str(data.cache.absolute())
-    values["data"]["held_out"]["shards"] = [str(path.absolute()) for path in data.held_out.shards]
+    held_out = values["data"]["held_out"]
+    held_out["shards"] = [str(path.absolute()) for path in data.held_out.shards]
+    for name, studies in data.held_out.also.items():
+        held_out["also"][name]["shards"] = [str(path.absolute()) for path in studies.shards]
     if experiment.model.warm_start is not None:
         files = experiment.model.warm_start.model_dump()
         values["model"]["warm_start"] = {role: path and str(path.absolute()) for role, path in files.items()}

@@ -170,6 +170,7 @@ def _joined(first: Phantoms, then: Phantoms) -> Phantoms:
 def _check_looks(data: config.Data) -> None:
     """Raise DataError for a look that nobody drew."""
     wanted = {f"site {site.name}": site.phantom for site in data.sites} | {"data.held_out": data.held_out.phantom}
+    wanted |= {f"data.held_out.also.{name}": studies.phantom for name, studies in data.held_out.also.items()}
     for where, phantoms in wanted.items():
         if phantoms is not None and phantoms.look not in phantom.LOOKS:
             raise DataError(f"{where}: there is no look {phantoms.look!r}; it is one of {', '.join(phantom.LOOKS)}")

@@ -374,6 +374,10 @@ def test_options_of_the_table_are_refused_elsewhere(run: Run, tmp_path: Path) ->
         )
     said = sentence(run("prepare", "padchest", "data", "--out", "s", "--lang", "es"))
     assert "padchest knows the language of its reports" in said
+    said = sentence(run("prepare", "mimic-cxr", "data", "--out", "s", "--part", "third"))
+    assert "--part is 'third'; give a part and how many there are, such as 1/3" in said
+    said = sentence(run("prepare", "openi", "data", "--out", "s", "--shares", "1"))
+    assert "--shares is '1'; give three numbers that add up to 1, such as 0.8,0.1,0.1" in said
 
 
 def test_a_data_set_is_prepared_by_its_layout(run: Run, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ),
         (["model.warm_start={}"], "give warm_start an image file, a text folder, or both"),
         (["data.held_out.phantom=null"], "held_out either phantom or shards"),
+        (["data.held_out.also.nih={}"], "data.held_out.also.nih: .*give held_out either phantom or shards"),
         (["stages.paired.objectives.match=1"], "set joint_share above 0"),
         (
             ["stages.paired.objectives={contrast: 0, match: 1, joint_share: .5, match_negatives: hard}"],
@@ -427,7 +428,7 @@ DECIDES_NOT = {
     "data.sites.0.test_studies": 30,
     "model.warm_start": "{image: /models/vit.safetensors}",
     "data.cache": "/tmp/phantoms",
-    "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5}",
+    "data.held_out": "{shards: [/data/test], public: true, probe_studies: 5, also: {nih: {shards: [/data/nih]}}}",
     "federation.workers": 2,
     "federation.checkpoint_activations": "true",
     "federation.device": "cuda",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from fedmix.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedmix.data.layouts.records import Source, SourceOptions
-    from fedmix.data.prepare import PrepareSummary
+    from fedmix.data.prepare import PrepareOptions, PrepareSummary
 
 
 class LayoutChoice(StrEnum):
@@ -65,59 +66,89 @@ class Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.0f}/s", style="progress.data.speed")
 
 
+NUM_CORES = max(1, len(os.sched_getaffinity(0)))
 FOR_TABLES = "Only for the layout table"
+
+Layout = Annotated[LayoutChoice, typer.Argument(metavar="LAYOUT", help=f"one of {', '.join(LayoutChoice)}")]
+Root = Annotated[Path, typer.Argument(metavar="ROOT", help="the data set's folder, as it was downloaded or exported")]
+Out = Annotated[Path, typer.Option(help="the shard's folder")]
+Stream = Annotated[StreamChoice | None, typer.Option(help="keep only this kind; everything if left out")]
+Views = Annotated[ViewsChoice | None, typer.Option(help="of the images; frontal if left out, all for the layout table")]
+Sections = Annotated[str, typer.Option(help="of the reports, comma-separated, or whole")]
+Phi = Annotated[
+    PhiChoice,
+    typer.Option(help="texts with dates, phone numbers, addresses, record numbers or names: left out, or counted"),
+]
+Reports = Annotated[
+    Path | None, typer.Option(help="MIMIC: their folder, if not below ROOT; dicom: a CSV with StudyInstanceUID and report")
+]
+Unmarked = Annotated[bool, typer.Option("--unmarked/--no-unmarked", help="take DICOM images whose BurnedInAnnotation is blank")]
+Captures = Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")]
+Encoding = Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")]
+Lang = Annotated[str, typer.Option(help="table, dicom: language of the texts where no column lang says, such as en or pt-BR")]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        help="such as 1/3: of the patients outside the official test split only the first of three parts, by the site "
+        "key; one data set then plays several institutes"
+    ),
+]
+Shares = Annotated[str, typer.Option(help="of train, val and test, by patient, where the data set has no splits of its own")]
+Size = Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")]
+Fit = Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")]
+Normalise = Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")]
+MaxWords = Annotated[int, typer.Option(min=4, max=512, help="token ids kept of a report")]
+Labels = Annotated[str | None, typer.Option(help="findings to keep, comma-separated, or none; all if left out")]
+TokenizerFolder = Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")]
+KeyFile = Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")]
+MaxBadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")]
+Workers = Annotated[int, typer.Option(min=1)]
+Replace = Annotated[bool, typer.Option("--replace", help="replace a shard that is there")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="start over; an interrupted preparation of this shard is gone on with otherwise")
+]
+Preview = Annotated[Path | None, typer.Option(help="folder for a contact sheet and a page of counts; holds patients' images")]
+Csv = Annotated[Path | None, typer.Option(help="the table below ROOT; its only CSV if left out", rich_help_panel=FOR_TABLES)]
+ImageColumn = Annotated[str | None, typer.Option(help="image if left out", rich_help_panel=FOR_TABLES)]
+ReportColumn = Annotated[str | None, typer.Option(help="text if left out", rich_help_panel=FOR_TABLES)]
+LabelColumn = Annotated[str | None, typer.Option(help="labels if left out", rich_help_panel=FOR_TABLES)]
+PatientColumn = Annotated[str | None, typer.Option(help="patient_id if left out", rich_help_panel=FOR_TABLES)]
+SplitColumn = Annotated[str | None, typer.Option(help="split if left out", rich_help_panel=FOR_TABLES)]
 
 
 def prepare(
-    layout: Annotated[LayoutChoice, typer.Argument(metavar="LAYOUT", help=f"one of {', '.join(LayoutChoice)}")],
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="the data set's folder, as it was downloaded or exported")],
-    out: Annotated[Path, typer.Option(help="the shard's folder")],
-    stream: Annotated[StreamChoice | None, typer.Option(help="keep only this kind; everything if left out")] = None,
-    views: Annotated[
-        ViewsChoice | None, typer.Option(help="of the images; frontal if left out, all for the layout table")
-    ] = None,
-    sections: Annotated[str, typer.Option(help="of the reports, comma-separated, or whole")] = "findings,impression",
-    phi: Annotated[
-        PhiChoice,
-        typer.Option(help="texts with dates, phone numbers, addresses, record numbers or names: left out, or counted"),
-    ] = PhiChoice.quarantine,
-    reports: Annotated[
-        Path | None, typer.Option(help="MIMIC: their folder, if not below ROOT; dicom: a CSV with StudyInstanceUID and report")
-    ] = None,
-    unmarked: Annotated[
-        bool, typer.Option("--unmarked/--no-unmarked", help="take DICOM images whose BurnedInAnnotation is blank")
-    ] = True,
-    captures: Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")] = False,
-    encoding: Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")] = None,
-    lang: Annotated[
-        str, typer.Option(help="table, dicom: language of the texts where no column lang says, such as en or pt-BR")
-    ] = "",
-    size: Annotated[int, typer.Option(min=8, max=1024, help="pixels a side")] = 224,
-    fit: Annotated[str, typer.Option(help="pad or crop: how a picture that is not square becomes one")] = "pad",
-    normalise: Annotated[str, typer.Option(help="none, or standard: grey brought to mean .5, deviation .2")] = "standard",
-    max_words: Annotated[int, typer.Option(min=4, max=512, help="token ids kept of a report")] = 128,
-    labels: Annotated[str | None, typer.Option(help="findings to keep, comma-separated, or none; all if left out")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder; the shipped one if left out")] = None,
-    key_file: Annotated[Path, typer.Option(help="the site's secret key; made if absent, never leaves the site")] = Path(
-        "site.key"
-    ),
-    max_bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="more bad rows than this fail the command")] = 0.2,
-    workers: Annotated[int, typer.Option(min=1)] = max(1, len(os.sched_getaffinity(0))),
-    replace: Annotated[bool, typer.Option("--replace", help="replace a shard that is there")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over; an interrupted preparation of this shard is gone on with otherwise")
-    ] = False,
-    preview: Annotated[
-        Path | None, typer.Option(help="folder for a contact sheet and a page of counts; holds patients' images")
-    ] = None,
-    csv: Annotated[
-        Path | None, typer.Option(help="the table below ROOT; its only CSV if left out", rich_help_panel=FOR_TABLES)
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="image if left out", rich_help_panel=FOR_TABLES)] = None,
-    text_column: Annotated[str | None, typer.Option(help="text if left out", rich_help_panel=FOR_TABLES)] = None,
-    label_column: Annotated[str | None, typer.Option(help="labels if left out", rich_help_panel=FOR_TABLES)] = None,
-    patient_column: Annotated[str | None, typer.Option(help="patient_id if left out", rich_help_panel=FOR_TABLES)] = None,
-    split_column: Annotated[str | None, typer.Option(help="split if left out", rich_help_panel=FOR_TABLES)] = None,
+    layout: Layout,
+    root: Root,
+    out: Out,
+    stream: Stream = None,
+    views: Views = None,
+    sections: Sections = "findings,impression",
+    phi: Phi = PhiChoice.quarantine,
+    reports: Reports = None,
+    unmarked: Unmarked = True,
+    captures: Captures = False,
+    encoding: Encoding = None,
+    lang: Lang = "",
+    part: Part = None,
+    shares: Shares = "0.8,0.1,0.1",
+    size: Size = 224,
+    fit: Fit = "pad",
+    normalise: Normalise = "standard",
+    max_words: MaxWords = 128,
+    labels: Labels = None,
+    tokenizer: TokenizerFolder = None,
+    key_file: KeyFile = Path("site.key"),
+    max_bad_share: MaxBadShare = 0.2,
+    workers: Workers = NUM_CORES,
+    replace: Replace = False,
+    fresh: Fresh = False,
+    preview: Preview = None,
+    csv: Csv = None,
+    image_column: ImageColumn = None,
+    text_column: ReportColumn = None,
+    label_column: LabelColumn = None,
+    patient_column: PatientColumn = None,
+    split_column: SplitColumn = None,
 ) -> None:
     """Prepare a data set, or a hospital's own files, as a de-identified shard.
 
@@ -129,23 +160,15 @@ def prepare(
     """
     from fedmix.data import prepare as preparing
     from fedmix.data.images import ImageOptions
-    from fedmix.data.keys import site_key
     from fedmix.data.layouts.records import SourceOptions
-    from fedmix.data.shard import Shard
-    from fedmix.data.tokenizer import Tokenizer
-    from fedmix.report.preview import check_place, write_preview
+    from fedmix.report.preview import check_place
 
     if preview is not None:
         check_place(preview, out)
     columns = {"image": image_column, "text": text_column, "labels": label_column}
     columns |= {"patient": patient_column, "split": split_column}
     given = {name: column for name, column in columns.items() if column is not None}
-    if layout is not LayoutChoice.table and (given or csv):
-        raise ConfigError(f"--csv and the names of columns are for the layout table; {layout} knows its own, leave them out")
-    if lang and layout not in (LayoutChoice.table, LayoutChoice.dicom):
-        raise ConfigError(
-            f"--lang is for the layouts table and dicom; {layout} knows the language of its reports, leave it out"
-        )
+    _check_fits(layout, lang, has_table_options=bool(given or csv))
     options = preparing.PrepareOptions(
         image=ImageOptions(size=size, fit=fit, normalise=normalise),  # type: ignore[arg-type]  # checked by ImageOptions
         stream=stream.value if stream else None,
@@ -158,11 +181,49 @@ def prepare(
         max_bad_share=max_bad_share,
         replace=replace,
         fresh=fresh,
+        split_shares=_shares(shares),
+        part=_part(part),
     )
     source_options = SourceOptions(_label_names(labels), encoding, reports, lang)
+    _prepare(
+        lambda: _source(layout, root, source_options, csv, given),
+        out,
+        options,
+        tokenizer=tokenizer,
+        key_file=key_file,
+        workers=workers,
+    )
+    if preview is not None:
+        _look(out, preview)
+
+
+def _check_fits(layout: LayoutChoice, lang: str, *, has_table_options: bool) -> None:
+    """Raise ConfigError for options that this layout has no use for."""
+    if layout is not LayoutChoice.table and has_table_options:
+        raise ConfigError(f"--csv and the names of columns are for the layout table; {layout} knows its own, leave them out")
+    if lang and layout not in (LayoutChoice.table, LayoutChoice.dicom):
+        raise ConfigError(
+            f"--lang is for the layouts table and dicom; {layout} knows the language of its reports, leave it out"
+        )
+
+
+def _prepare(
+    open_source: Callable[[], Source],
+    out: Path,
+    options: PrepareOptions,
+    *,
+    tokenizer: Path | None,
+    key_file: Path,
+    workers: int,
+) -> None:
+    """Look through the data set and prepare it, with a bar that shows how far it is; then say what came of it."""
+    from fedmix.data import prepare as preparing
+    from fedmix.data.keys import site_key
+    from fedmix.data.tokenizer import Tokenizer
+
     with _progress() as progress:
         task = progress.add_task("looking through", total=None)
-        source = _source(layout, root, source_options, csv, given)
+        source = open_source()
         progress.update(task, description="preparing")
         summary = preparing.prepare(
             source,
@@ -174,8 +235,14 @@ def prepare(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     out_console.print(_summary_table(summary, out))
-    if preview is not None:
-        out_console.print(f"look at {write_preview(Shard.open(out, verify=False), preview)}", soft_wrap=True, markup=False)
+
+
+def _look(shard: Path, preview: Path) -> None:
+    """Write what a person should look at before training."""
+    from fedmix.data.shard import Shard
+    from fedmix.report.preview import write_preview
+
+    out_console.print(f"look at {write_preview(Shard.open(shard, verify=False), preview)}", soft_wrap=True, markup=False)
 
 
 def _progress() -> Progress:
@@ -191,6 +258,25 @@ def _source(layout: LayoutChoice, root: Path, options: SourceOptions, csv: Path 
     if layout is not LayoutChoice.table:
         return open_source(layout.value, root, options)
     return table_source(real_root(root), options, TableOptions(csv=csv, columns=TableColumns(**columns)))
+
+
+def _shares(shares: str) -> tuple[float, float, float]:
+    """The three numbers of ``--shares``; whether they add up is asked where they are used."""
+    try:
+        train, val, test = map(float, shares.split(","))
+    except ValueError:
+        raise ConfigError(f"--shares is {shares!r}; give three numbers that add up to 1, such as 0.8,0.1,0.1") from None
+    return train, val, test
+
+
+def _part(part: str | None) -> tuple[int, int] | None:
+    """Which part of how many ``--part`` asks for."""
+    if part is None:
+        return None
+    number, _, num_parts = part.partition("/")
+    if not (number.isdecimal() and num_parts.isdecimal()):
+        raise ConfigError(f"--part is {part!r}; give a part and how many there are, such as 1/3")
+    return int(number), int(num_parts)
 
 
 def _label_names(labels: str | None) -> tuple[str, ...] | None:

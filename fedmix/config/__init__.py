@@ -1,7 +1,7 @@
 """One experiment as typed, checked values. Deep code never takes an Experiment: it gets the piece it needs."""
 
 from fedmix.config.base import StreamName
-from fedmix.config.data import Data, HeldOut, PhantomData, Site
+from fedmix.config.data import Data, HeldOut, PhantomData, Site, Studies
 from fedmix.config.evaluating import Attack, Evaluation, Study
 from fedmix.config.experiment import Experiment
 from fedmix.config.federating import Aggregation, Federation, Screening, StreamMix, Wire
@@ -34,6 +34,7 @@ __all__ = [
     "Stage",
     "StreamMix",
     "StreamName",
+    "Studies",
     "Study",
     "WarmStart",
     "Wire",

@@ -43,21 +43,33 @@ class Site(Section):
         return self
 
 
-class HeldOut(Section):
-    """The central evaluation set, which no site ever holds."""
+class Studies(Section):
+    """Studies to evaluate on: drawn phantoms, or the test split of shards with their training split for the probes."""
 
     phantom: PhantomData | None = None
     shards: tuple[Path, ...] = ()
-    public: bool = Field(
-        default=False, description="pictures and report texts of the held-out studies may be shown in the report"
+    probe_studies: Count = Field(
+        default=1000,
+        description="studies that train the linear probe; of phantoms the rest, of shards the test split is tested on",
     )
-    probe_studies: Count = Field(default=1000, description="studies that train the linear probe; the rest are the test set")
 
     @model_validator(mode="after")
-    def _one_source(self) -> HeldOut:
+    def _one_source(self) -> Studies:
         if (self.phantom is None) == (not self.shards):
             raise ValueError("give held_out either phantom or shards, not both and not neither")
         return self
+
+
+class HeldOut(Studies):
+    """The central evaluation set, which no site ever holds, and further ones that are reported apart."""
+
+    public: bool = Field(
+        default=False, description="pictures and report texts of the held-out studies may be shown in the report"
+    )
+    also: dict[Name, Studies] = Field(
+        default={},
+        description="name -> another set with labels of its own; the finished model is evaluated on each, under its own name",
+    )
 
 
 class Data(Section):

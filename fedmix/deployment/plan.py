@@ -203,6 +203,7 @@ def _portable(experiment: config.Experiment) -> dict[str, Any]:
     values["model"]["warm_start"] = None
     values["data"]["cache"] = ELSEWHERE
     values["data"]["held_out"]["shards"] = [ELSEWHERE] * len(values["data"]["held_out"]["shards"])
+    values["data"]["held_out"]["also"] = {}
     for site in values["data"]["sites"]:
         site["shard"] = site["shard"] and ELSEWHERE
     return values

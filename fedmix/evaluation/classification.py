@@ -44,6 +44,14 @@ MIN_PATIENTS_A_FOLD = 10
 # On phantoms of 48 pixels this baseline is stronger at 12 or 16 a side (AUROC .83) than at 24 (.82) or 48 (.815).
 MAX_PIXELS_A_SIDE = 16
 
+# Labels of MIMIC-CXR and NIH ChestX-ray14 whose names no report would say.
+WORDED: Prompts = {
+    "Effusion": (("pleural effusion .",), ("no pleural effusion .",)),
+    "Infiltration": (("infiltrate .",), ("no infiltrate .",)),
+    "No Finding": (("no acute cardiopulmonary abnormality .", "normal chest ."), ("abnormal chest .",)),
+    "Support Devices": (("support device in place .",), ("no support device .",)),
+}
+
 
 @dataclass(frozen=True)
 class LabelledRows:
@@ -191,13 +199,13 @@ def raw_pixel_features(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def prompts_for(label_names: Sequence[str], known: Prompts) -> Prompts:
-    """Prompts of each label: the known ones, else the label's own name with and without "no"."""
+    """Prompts of each label: the known ones, else WORDED, else the label's own name with and without "no"."""
 
     def plain(label: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         finding = label.replace("_", " ").lower()
         return (f"{finding} .",), (f"no {finding} .",)
 
-    return {label: known.get(label) or plain(label) for label in label_names}
+    return {label: known.get(label) or WORDED.get(label) or plain(label) for label in label_names}
 
 
 def zero_shot_scores(

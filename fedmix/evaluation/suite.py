@@ -18,6 +18,7 @@ from fedmix.data.phantom import PROMPTS
 from fedmix.evaluation import (
     calibration,
     classification,
+    exclusive,
     fine_tuning,
     label_shares,
     language,
@@ -46,6 +47,7 @@ __all__ = ["TASKS", "Evaluation", "EvaluationSettings", "HeldOut", "evaluate", "
 
 Task = Callable[[EvaluationContext], Findings]
 
+EXCLUSIVE = "exclusive"
 TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/linear_probe": classification.evaluate_linear_probe,
     "classification/few_label_probe": classification.evaluate_few_label_probe,
@@ -62,17 +64,19 @@ TASKS: dict[str, Task] = {  # place in report.json -> evaluator
     "classification/text_probe": classification.evaluate_text_probe,
     "retrieval": retrieval.evaluate_retrieval,
     "retrieval/reranked": reranking.evaluate_reranking,
+    EXCLUSIVE: exclusive.evaluate_exclusive,
     "regeneration": regeneration.evaluate_regeneration,
     "language": language.evaluate_language,
 }
 
-# What takes longer than all the rest, and the setting that asks for it: re-ranking reads thousands of joint sequences.
-ON_DEMAND: dict[str, str] = {
-    "retrieval/reranked": "rerank_top",
-    "classification/fine_tune": "fine_tune_steps",
-    "classification/prompt_tune": "prompt_tune_steps",
+# What runs only where there is a question: what takes longer than all the rest where a setting asks for it (re-ranking reads
+# thousands of joint sequences), and findings one at a time where the set has their labels.
+ASKED: dict[str, Callable[[EvaluationContext], bool]] = {
+    "retrieval/reranked": lambda context: context.settings.rerank_top > 0,
+    "classification/fine_tune": lambda context: context.settings.fine_tune_steps > 0,
+    "classification/prompt_tune": lambda context: context.settings.prompt_tune_steps > 0,
+    EXCLUSIVE: lambda context: set(exclusive.FINDINGS) <= set(context.held_out.label_names),
 }
-
 
 # What a task asks of a model: to have learnt one of these. A model that learnt others gets no number for it; one that learnt
 # nothing at all gets one, as a floor.
@@ -83,6 +87,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "classification/prompt_tune": ALIGNING,
     "classification/triggers": ALIGNING,
     "retrieval": ALIGNING,
+    EXCLUSIVE: ALIGNING,
     "regeneration": ("mvm",),
     "language": ("mlm",),
 }
@@ -136,8 +141,7 @@ def evaluate(
     examples: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    asked = vars(context.settings)
-    tasks = {place: task for place, task in TASKS.items() if place not in ON_DEMAND or asked[ON_DEMAND[place]]}
+    tasks = {place: task for place, task in TASKS.items() if place not in ASKED or ASKED[place](context)}
     for num_done, (place, task) in enumerate(tasks.items()):
         say(place, num_done, len(tasks))
         started = time.perf_counter()

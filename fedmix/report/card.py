@@ -5,6 +5,8 @@ same parts. Site names and counts are those of report.json; nothing of a site's 
 from __future__ import annotations
 
 from fedmix.report import learning, markdown, measures, narrative, quantities, site_value
+from fedmix.report.further import by_finding, further_sets
+from fedmix.report.measures import Grid
 from fedmix.report.method import STAGE_COLUMNS, Method
 from fedmix.report.page import Page
 from fedmix.report.readings import other_ways
@@ -59,14 +61,23 @@ def model_card(page: Page) -> str:
 
 
 def results(report: Report | None) -> str:
-    """The headline table, with intervals and sample sizes."""
+    """The headline table, with intervals and sample sizes, and one of each further held-out set."""
     if report is None or not report.evaluation.model_fields_set:
         return "There is no evaluation: the run ended before its model was judged.\n"
-    grid = measures.headline(report)
+    parts = [
+        _table(measures.headline(report)),
+        markdown.items([*other_ways(report.evaluation), *by_finding(report.evaluation)]),
+    ]
+    for one in further_sets(report):
+        parts += [f"### On {markdown.text(one.name)}\n", _table(one.grid), markdown.items(one.sentences)]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(grid: Grid) -> str:
+    """A table of methods and what was measured on."""
     sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, grid.settings, strict=True) if setting]
     measured = f"\nMeasured on: {markdown.text('; '.join(sizes))}.\n" if sizes else ""
-    others = other_ways(report.evaluation)
-    return measures.as_markdown(grid) + measured + (f"\n{markdown.items(others)}" if others else "")
+    return measures.as_markdown(grid) + measured
 
 
 def evaluation(report: Report | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from fedmix.errors import RunError
 from fedmix.report import charts, learning, measures, narrative, quantities, site_value
 from fedmix.report.examples import Examples, load_examples
+from fedmix.report.further import FurtherSet, by_finding, further_sets
 from fedmix.report.history import read_history
 from fedmix.report.learning import Section
 from fedmix.report.measures import Grid
@@ -49,6 +50,8 @@ class Page:
     readings: Readings
     other_ways: tuple[str, ...]
     reranking: tuple[str, ...]
+    by_finding: tuple[str, ...]
+    further: tuple[FurtherSet, ...]
     examples: Examples | None
     examples_absence: str
     absences: Mapping[str, int]
@@ -93,6 +96,8 @@ def read_page(run_dir: Path) -> Page:
         readings=readings(report.evaluation.classification if report else None),
         other_ways=tuple(other_ways(report.evaluation)) if report else (),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
+        by_finding=tuple(by_finding(report.evaluation)) if report else (),
+        further=further_sets(report) if report else (),
         examples=examples,
         examples_absence=examples_absence,
         absences=history.absences(),

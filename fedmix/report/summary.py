@@ -210,6 +210,37 @@ class Retrieval(Open):
     reranked: Reranking | None = None
 
 
+class RankingByFinding(Block):
+    """One direction of retrieval where a candidate of the query's finding is right: shares of the first k, and hits."""
+
+    precision_1: Fraction | None = Field(default=None, alias="p@1")
+    precision_5: Fraction | None = Field(default=None, alias="p@5")
+    precision_10: Fraction | None = Field(default=None, alias="p@10")
+    hits_1: Fraction | None = Field(default=None, alias="h@1")
+    hits_5: Fraction | None = Field(default=None, alias="h@5")
+    hits_10: Fraction | None = Field(default=None, alias="h@10")
+    chance: dict[str, Fraction] = {}
+
+
+class ClassAccuracy(Block):
+    """How often the nearest class is the right one: over all, and within each class."""
+
+    accuracy: Fraction | None = None
+    ci95: Interval | None = None
+    per_label: dict[str, Fraction] = {}
+    chance: Fraction | None = None
+
+
+class Exclusive(Block):
+    """Pairs with one of five findings alone, ``num_each`` of each where there were as many as ``available`` says."""
+
+    num_each: Count | None = None
+    available: dict[str, Count] = {}
+    image_to_text: RankingByFinding | None = None
+    text_to_image: RankingByFinding | None = None
+    zero_shot: ClassAccuracy | None = None
+
+
 class Fidelity(Block):
     """How close a drawn image comes to the real one on the hidden patches."""
 
@@ -266,13 +297,18 @@ class Membership(Block):
 
 
 class Evaluation(Open):
-    """What the central evaluation found; ``skipped`` maps the place of a part that is absent to the reason."""
+    """What the central evaluation found; ``skipped`` maps the place of a part that is absent to the reason.
+
+    ``also``: the same of further held-out sets, by their names.
+    """
 
     classification: Classification | None = None
     retrieval: Retrieval | None = None
+    exclusive: Exclusive | None = None
     regeneration: Regeneration | None = None
     language: Language | None = None
     membership: Membership | None = None
+    also: dict[str, Evaluation] = {}
     skipped: dict[str, str] = {}
 
 

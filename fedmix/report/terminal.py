@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import measures, narrative, quantities, site_value
+from fedmix.report.further import by_finding, further_sets
 from fedmix.report.history import parse_entry
 from fedmix.report.measures import Cell, Grid
 from fedmix.report.progress import Progress, SiteState
@@ -131,11 +132,24 @@ def final_table(report: Report) -> Table:
 
 
 def remarks(report: Report) -> list[RenderableType]:
-    """What the table has no column for, a sentence each, and what each hospital got where they measured it."""
-    told = [*other_ways(report.evaluation), *narrative.reranking(report.evaluation), *site_value.contributions(report)]
-    sentences: list[RenderableType] = [Text(printable(sentence), style="dim") for sentence in told]
+    """What the table has no column for: a sentence each, a table of each further held-out set, what each hospital got."""
+    evaluation = report.evaluation
+    sentences = [
+        *other_ways(evaluation),
+        *narrative.reranking(evaluation),
+        *by_finding(evaluation),
+        *site_value.contributions(report),
+    ]
+    parts: list[RenderableType] = [_remark(sentence) for sentence in sentences]
+    for one in further_sets(report):
+        title = Text(f"\non {printable(one.name)}", style="bold")
+        parts += [title, grid_table(one.grid, "method"), *map(_remark, one.sentences)]
     found = site_value.lines(report)
-    return [*sentences, Text(), value_table(found)] if found else sentences
+    return [*parts, Text(), value_table(found)] if found else parts
+
+
+def _remark(sentence: str) -> Text:
+    return Text(printable(sentence), style="dim")
 
 
 def value_table(found: Sequence[site_value.Line]) -> Table:

@@ -8,8 +8,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fedmix.data.layouts import mimic, nih14
 from fedmix.evaluation import classification
 from fedmix.evaluation.classification import (
+    WORDED,
     LabelledRows,
     _choose_inverse_penalty,
     linear_probe,
@@ -171,3 +173,12 @@ def test_a_label_without_prompts_is_asked_for_by_its_name():
     prompts = prompts_for(("edema", "Pleural_Effusion"), {"edema": (("some edema .",), ("none .",))})
     assert prompts["edema"] == (("some edema .",), ("none .",))
     assert prompts["Pleural_Effusion"] == (("pleural effusion .",), ("no pleural effusion .",))
+
+
+def test_labels_of_the_public_data_sets_are_asked_for_in_words_that_a_report_has() -> None:
+    prompts = prompts_for((*nih14.FINDINGS, *mimic.FINDINGS), {})
+    assert set(WORDED) <= set(prompts)
+    sentences = [sentence for sides in prompts.values() for side in sides for sentence in side]
+    assert all(sentence == sentence.lower() and sentence.endswith(" .") and "_" not in sentence for sentence in sentences)
+    assert not any("no finding" in sentence for sentence in sentences)
+    assert len({sides for label, sides in prompts.items() if label != "Effusion"}) == len(prompts) - 1

@@ -15,7 +15,7 @@ from fedmix.evaluation.features import EvaluationContext, Findings
 from fedmix.evaluation.suite import Evaluation, EvaluationSettings, evaluate, quick
 
 SETTINGS = EvaluationSettings(num_bootstrap=20, num_few_train=40)
-CLASSIFICATION = {place for place in suite.TASKS if place.startswith("classification")} - suite.ON_DEMAND.keys()
+CLASSIFICATION = {place for place in suite.TASKS if place.startswith("classification")} - suite.ASKED.keys()
 
 
 def run(encoder: OracleEncoder, **changes: Any) -> Evaluation:

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-from synthetic_run import manifest
+from synthetic_audit import canaries_and_update, found
+from synthetic_run import manifest, write_run
+from synthetic_study import LEVELS, write_study
 
+from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.tokenizer import Tokenizer
 from fedmix.report import html
+from fedmix.report.leakage import write_leakage
 from fedmix.report.live import LivePage
-from fedmix.report.summary import read_report, write_json
+from fedmix.report.preview import write_preview
+from fedmix.report.study import read_study
+from fedmix.report.summary import read_json, read_report, write_json
 
-STYLE = (Path(html.__file__).parent / "templates" / "style.css").read_text()
+TEMPLATES = Path(html.__file__).parent / "templates"
+STYLE = (TEMPLATES / "style.css").read_text()
 VOID = {"meta", "img", "br", "link", "input"}
 TEXT_CONTRAST, GRAPHIC_CONTRAST = 4.5, 3.0
 GROUNDS = ("paper", "wash", "accent-wash", "bad-wash")
@@ -94,10 +103,47 @@ def comparison_page(folder: Path) -> str:
     return html.write_comparison(folder / "compare.html", [read_report(folder)] * 2).read_text()
 
 
-@pytest.fixture(params=[report_page, failed_page, live_page, comparison_page], ids=lambda page: page.__name__)
-def tree(request: pytest.FixtureRequest, run_dir: Path) -> Tree:
+def further_page(folder: Path) -> str:
+    values = read_json(folder / "report.json")
+    values["evaluation"]["also"] = {name: dict(values["evaluation"]) for name in ("nih14", "openi")}
+    write_json(folder / "report.json", values)
+    return report_page(folder)
+
+
+def leakage_page(folder: Path) -> str:
+    return write_leakage(folder / "leakage.html", found(**canaries_and_update())).read_text()
+
+
+def studies_page(folder: Path) -> str:
+    """Two studies with the same regimes."""
+    levels = {regime: seeds[:2] for regime, seeds in LEVELS.items()}
+    study = read_study(write_study(folder / "study", levels))
+    named = [replace(study, name=name) for name in ("first", "second")]
+    return html.write_study(folder / "study.html", named).read_text()
+
+
+def preview_page(folder: Path) -> str:
+    writer = ShardWriter(folder / "shard", image_size=16, tokenizer=Tokenizer.load(), key=bytes(32), label_names=("Edema",))
+    with writer:
+        for row in range(3):
+            writer.add(
+                patient=str(row), study="1", image=np.full((16, 16), row, np.uint8), text="No edema.", labels={"Edema": 0}
+            )
+        writer.quarantine("file_missing", 3)
+    return write_preview(Shard.open(folder / "shard"), folder / "look").read_text()
+
+
+PAGES = [
+    *(report_page, failed_page, further_page, live_page, comparison_page),
+    *(leakage_page, preview_page, studies_page),
+]
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda page: page.__name__)
+def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A page, written once for all the questions that it is asked."""
     write: Callable[[Path], str] = request.param
-    return Tree(write(run_dir))
+    return Tree(write(write_run(tmp_path_factory.mktemp("page") / "demo")))
 
 
 def name_of(element: Element, tree: Tree) -> str:
@@ -144,7 +190,7 @@ def test_every_header_of_a_table_says_what_it_heads(tree: Tree) -> None:
 
 def test_what_scrolls_or_takes_the_focus_has_a_name(tree: Tree) -> None:
     scrolling = [one for one in tree.elements if "scroll" in one.attributes.get("class", "").split()]
-    assert scrolling
+    assert {id(table) for table in tree.of("table")} <= {id(child) for one in scrolling for child in one.children}
     assert all(one.attributes.get("tabindex") == "0" and one.attributes.get("role") == "region" for one in scrolling)
     controls = [one for one in tree.elements if one.tag in ("a", "summary", "progress") or "tabindex" in one.attributes]
     assert all(name_of(one, tree) for one in controls)
@@ -218,6 +264,14 @@ def test_every_colour_of_words_can_be_read_on_every_ground(scheme: str) -> None:
         if (ratio := contrast(named[word], named[ground])) < TEXT_CONTRAST
     }
     assert faults == {}
+
+
+def test_captions_can_be_read_on_the_contact_sheet() -> None:
+    """The only colours that no scheme changes: pictures are looked at on a dark ground."""
+    own = (TEMPLATES / "preview.html.j2").read_text()
+    (ground,) = re.findall(r"background: (#[0-9a-f]{6})", own)
+    (words,) = re.findall(r"[{ ]color: (#[0-9a-f]{6})", own)
+    assert contrast(words, ground) >= TEXT_CONTRAST
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -21,7 +21,9 @@ VIEWS_TAKEN: dict[Views, frozenset[str]] = {
     "all": frozenset({"PA", "AP", "lateral", "unknown"}),
 }
 # Left out and counted, yet nothing is wrong with them.
-NOT_BAD = frozenset({"no_image", "no_text", "view_lateral", "view_unknown", "image_extra", "report_missing", "not_dicom"})
+NOT_BAD = frozenset(
+    {"no_image", "no_text", "view_lateral", "view_unknown", "image_extra", "report_missing", "not_dicom", "other_part"}
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class PrepareOptions:
     leaves it to the layout. ``takes_unmarked``: DICOM images that do not say whether anything is burned in.
     ``takes_captures``: DICOM secondary captures. ``split_shares``: train, val, test, by patient, where the data set has no
     splits. ``max_bad_share``: more unusable rows than this end the preparation. ``replace``: an older shard may be replaced.
-    ``fresh``: start over, where an interrupted preparation could be gone on with.
+    ``fresh``: start over, where an interrupted preparation could be gone on with. ``part``: (k, n) keeps, of the patients
+    outside the official test split, those of the k-th of n parts, counted from 1 (``fedmix.data.prepare.parts``).
     """
 
     image: ImageOptions = field(default_factory=ImageOptions)
@@ -49,6 +52,7 @@ class PrepareOptions:
     max_bad_share: float = 0.2
     replace: bool = False
     fresh: bool = False
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.stream not in (None, "image", "text", "paired"):
@@ -61,6 +65,8 @@ class PrepareOptions:
             raise DataError(f"phi is {self.phi!r}; it is one of {', '.join(phi.POLICIES)}")
         if self.views is not None and self.views not in VIEWS_TAKEN:
             raise DataError(f"views is {self.views!r}; it is one of {', '.join(VIEWS_TAKEN)}")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise DataError(f"part {self.part[0]} of {self.part[1]} does not exist; give one such as 1/3, 2/3 or 3/3")
         check_wanted(self.sections)
 
     def views_of(self, source: Source) -> frozenset[str]:

@@ -23,6 +23,7 @@ from fedmix.data.deidentification import Deidentification
 from fedmix.data.layouts.records import TRAIN_OR_VAL, Record, Refusal, Source
 from fedmix.data.prepare.decoding import decoding
 from fedmix.data.prepare.options import PrepareOptions, PrepareSummary
+from fedmix.data.prepare.parts import of_part
 from fedmix.data.prepare.reading import Outcome, read_study
 from fedmix.data.prepare.resuming import mark_of_row, mark_of_settings
 from fedmix.data.prepare.tally import Tally, TooMuchLeftOutError
@@ -55,6 +56,8 @@ def prepare(
     start = time.monotonic()
     if source.join is not None and not options.wants_image:
         raise DataError("DICOM files hold no reports; for a shard of texts alone prepare their table with the layout table")
+    if options.part is not None:
+        source = of_part(source, options.part, key)
     writer = ShardWriter(
         out,
         image_size=options.image.size,

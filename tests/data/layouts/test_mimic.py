@@ -8,6 +8,7 @@ from trees import encoded, picture, prepared, texts, write_file, write_table
 from fedmix.data.layouts.mimic import FINDINGS
 from fedmix.data.layouts.records import SourceOptions
 from fedmix.data.layouts.registry import open_source
+from fedmix.data.prepare import PrepareOptions
 from fedmix.errors import DataError
 
 METADATA = (
@@ -185,3 +186,35 @@ def test_dicom_files_plain_or_packed_say_their_view_themselves(tmp_path: Path) -
     summary, shard = prepared("mimic-cxr", root, stream="paired")
     assert (shard.view, summary.quarantined) == (["AP"], {"view_lateral": 1})
     assert texts(shard, 1) == encoded(LEARNT)
+
+
+def test_parts_share_no_patient_outside_the_test_split_and_all_hold_the_whole_test_split(tmp_path: Path) -> None:
+    root = tmp_path / "mimic-cxr-jpg"
+    studies = [(10000000 + number, 50000000 + number, number) for number in range(60)]
+    rows = [[image_id(image), subject, study, "", "PA", *[""] * 7] for subject, study, image in studies]
+    write_table(root / "mimic-cxr-2.0.0-metadata.csv.gz", METADATA, rows)
+    rows = [[image_id(image), study, subject, "test" if image < 6 else "train"] for subject, study, image in studies]
+    write_table(root / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", rows)
+    for subject, study, image in studies:
+        write_file(root / folder(subject, study) / f"{image_id(image)}.jpg", picture(kind="JPEG"))
+        write_file(root / f"{folder(subject, study)}.txt", REPORT)
+    made = [
+        prepared("mimic-cxr-jpg", root, stream, part=(number, 3), stream=stream)
+        for number, stream in enumerate(("paired", "image", "text"), 1)
+    ]
+    trains = [set(shard.patient[shard.select("train")].tolist()) for _, shard in made]
+    tests = [shard.patient[shard.select("test")].tolist() for _, shard in made]
+    assert sum(map(len, trains)) == len(set().union(*trains)) == 54
+    assert min(map(len, trains)) > 5
+    assert tests == [tests[0]] * 3
+    assert len(tests[0]) == 6
+    assert [summary.quarantined["other_part"] for summary, _ in made] == [54 - len(train) for train in trains]
+    (root / "mimic-cxr-2.0.0-split.csv.gz").unlink()
+    with pytest.raises(DataError, match="no splits; put the tables of its splits into ROOT, or leave --part out"):
+        prepared("mimic-cxr-jpg", root, "other", part=(1, 3))
+
+
+@pytest.mark.parametrize("part", [(0, 3), (4, 3), (1, 0)])
+def test_a_part_that_there_is_not_is_refused(part: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="does not exist; give one such as 1/3"):
+        PrepareOptions(part=part)
