@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_toys import ConstantEncoder, OracleEncoder, ToyVocabulary, draw, held_out, write
+from evaluation_toys import PROMPTS, ConstantEncoder, OracleEncoder, ToyVocabulary, draw, held_out, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
@@ -20,7 +20,7 @@ NAMES = (*FINDINGS, "No Finding", "Fracture", "Support Devices")
 
 
 def sentence(code: np.ndarray) -> str:
-    return " ".join(f"{'has' if present else 'no'}{k}" for k, present in enumerate(code))
+    return " ".join((said if present else denied)[0] for present, (said, denied) in zip(code, PROMPTS.values(), strict=True))
 
 
 def studies(*num_each: int, **changes: Any) -> HeldOut:
