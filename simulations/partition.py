@@ -17,7 +17,8 @@ import numpy as np
 from fedmix import config
 from fedmix.data import phantom
 from fedmix.data.phantom import Phantoms
-from fedmix.data.shard import Shard, write_arrays
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import write_arrays
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import ConfigError, DataError
 from fedmix.federation.local import seed_of

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from fedmix.data.shard import ShardWriter
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 

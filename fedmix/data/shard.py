@@ -10,28 +10,18 @@
            offsets.npy      int64 [num_studies + 1]: where a study's tokens start; equal neighbours mean no text
            quarantine.jsonl reason codes and counts of what was left out
 
-The same studies, key and tokenizer give the same bytes, and hold no time. A writer works in a hidden folder beside its goal
-(``fedmix.data.journal``) and renames it at the end, so a shard is there as a whole or not at all; one that was killed leaves
-``.NAME.*partial``, from which a preparation goes on, or which may be deleted.
+``shard_writer.py`` writes one.
 
 Shapes: N studies, F findings, S pixels a side.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
-import math
-import os
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,27 +30,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from fedmix.data.deidentification import Deidentification
-from fedmix.data.journal import ROW, Journal, Line
-from fedmix.data.keys import hash_of, mark_of
-from fedmix.data.languages import language
-from fedmix.data.quarantine import REASONS
-from fedmix.disk import flush
 from fedmix.errors import DataError
 
 if TYPE_CHECKING:  # a hospital's preparation starts without torch
     from fedmix.batch import Stream
-    from fedmix.data.tokenizer import Tokenizer
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val", "test")
 VIEWS = ("PA", "AP", "lateral", "unknown")
 MEMBERS = ("studies.parquet", "images.npy", "tokens.npy", "offsets.npy", "quarantine.jsonl")
-MIN_KEY_BYTES = 16
-
-_FLUSH_STUDIES = 256
-_FLUSH_S = 10.0  # what a kill may cost where studies take long
-_ROW_GROUP = 256  # studies of studies.parquet that are written together
-_STUDIES = pa.schema(
+STUDIES = pa.schema(
     [
         ("patient", pa.string()),
         ("study", pa.string()),
@@ -73,7 +52,7 @@ _STUDIES = pa.schema(
         ("labels", pa.list_(pa.int8())),
     ]
 )
-_LANG = _STUDIES.get_field_index("lang")
+_LANG = STUDIES.get_field_index("lang")
 
 
 class _Border(BaseModel):
@@ -227,459 +206,20 @@ class Shard:
         return np.flatnonzero(chosen)
 
 
-@dataclass(frozen=True)
-class _Study:
-    """One row on its way to disk."""
-
-    patient: str
-    study: str
-    split: str
-    view: str
-    lang: str
-    image: NDArray[np.uint8] | None
-    text: str | None
-    labels: Sequence[int]
-
-
-class _Written(NamedTuple):
-    """One row of studies.parquet, and how many words it has; as the journal keeps it."""
-
-    patient: str
-    study: str
-    split: str
-    view: str
-    lang: str
-    has_image: bool
-    num_words: int
-    labels: list[int]
-
-
-class ShardWriter:
-    """Writes a shard study by study, holding no more than a few hundred of them; use it in a ``with`` block.
-
-    ``key``: the site's secret, at least 16 bytes, for the hashes and for the split. ``split_shares``: train, val and test,
-    for patients whose split is not given. ``replace``: an older shard at ``path`` may be replaced, once this one is whole.
-
-    ``mark``: of all that decides what the shard will be. With it, what was ended by ``end_row`` outlives this process, and
-    the next writer of the same mark goes on behind it, unless it is told to start ``fresh``.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        image_size: int,
-        tokenizer: Tokenizer,
-        key: bytes,
-        label_names: Sequence[str] = (),
-        max_words: int = 128,
-        split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        replace: bool = False,
-        mark: str | None = None,
-        fresh: bool = False,
-    ) -> None:
-        if len(key) < MIN_KEY_BYTES:
-            raise DataError(f"the site key has {len(key)} bytes, at least {MIN_KEY_BYTES} are needed; let fedmix make one")
-        if min(split_shares) < 0 or abs(sum(split_shares) - 1) > 1e-6:
-            raise DataError(f"split shares are {split_shares}; three shares of at least 0 have to add up to 1")
-        if len(set(label_names)) != len(label_names):
-            raise DataError("two findings have the same name; name each once")
-        self._replaces, self._mark, self._starts_fresh = replace, mark, fresh
-        self._goal, self._image_size, self._tokenizer, self._key = path, image_size, tokenizer, key
-        self._label_names, self._max_words, self._shares = list(label_names), max_words, split_shares
-        self._label_column = {name: column for column, name in enumerate(label_names)}
-        self._pending: list[_Study | Line] = []
-        self._num_waiting, self._flushed = 0, time.monotonic()
-        self._deidentification = Deidentification()
-        self._files = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        self._journal = Journal(self._goal, self._mark, fresh=self._starts_fresh)
-        with contextlib.ExitStack() as opened:
-            opened.callback(self._journal.close)
-            try:
-                if not self._journal.is_finished:
-                    _check_goal(self._goal, replace=self._replaces)
-                    self._open_arrays(opened)
-            except BaseException:
-                if self._journal.is_new:
-                    self._journal.discard()
-                raise
-            self._files = opened.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if kind is None and not self._journal.is_finished:
-                self._flush()
-                self._seal()
-            if kind is None:
-                self._journal.finish()
-        finally:
-            if self._mark is None:
-                self._journal.discard()
-            with contextlib.suppress(OSError):  # on a full disk closing fails too; the first error counts
-                self._files.close()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether an earlier writer had put this very shard in its place when it was killed: nothing is to be added."""
-        return self._journal.is_finished
-
-    def rows_done(self) -> Iterator[Any]:
-        """What ``end_row`` was told of each row that an earlier writer finished, in order."""
-        return (said[0] for kind, *said in self._journal.lines() if kind == ROW)
-
-    def end_row(self, said: Any) -> None:
-        """What was added since the last call belongs together, and to a row of which ``said``, as JSON, is to be remembered."""
-        self._pending.append([ROW, said])
-        self._num_waiting += 1
-        if self._num_waiting >= _FLUSH_STUDIES or time.monotonic() - self._flushed > _FLUSH_S:
-            self._flush()
-
-    def discard(self) -> None:
-        """Let nothing of this outlive the writer."""
-        self._mark = None
-
-    def add(
-        self,
-        *,
-        patient: str,
-        study: str,
-        image: NDArray[np.uint8] | None = None,
-        text: str | None = None,
-        labels: Mapping[str, int] | None = None,
-        view: str = "unknown",
-        lang: str = "",
-        split: str | None = None,
-        never_test: bool = False,
-    ) -> None:
-        """Add one study: ``image`` uint8 [S, S] or None, ``text`` cleaned or None, ``labels`` finding -> 1, 0, -1 (not known).
-
-        Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``; ``lang`` is the text's, as BCP 47 has it.
-        Where ``split`` is None it is drawn, with ``never_test`` between train and val only.
-        """
-        row = [-1] * len(self._label_names)
-        for name, value in (labels or {}).items():
-            if name not in self._label_column:
-                raise DataError(f"a study names a finding that is not among the {len(self._label_names)} of the shard")
-            row[self._label_column[name]] = value
-        place = self._split_of(patient, never_test=never_test) if split is None else split
-        self._add(_Study(patient, study, place, view, "" if text is None else lang, image, text, row))
-
-    def quarantine(self, code: str, count: int = 1) -> None:
-        """Count something that was left out, by a reason code of ``fedmix.data.quarantine``."""
-        if code not in REASONS:
-            raise DataError("a quarantine code is not in the list of reasons; add it there, so that no content can be one")
-        self._pending.append(["left_out", code, count])
-
-    def describe(self, deidentification: Deidentification) -> None:
-        """Say how patients were protected."""
-        self._deidentification = deidentification
-
-    def _add(self, study: _Study) -> None:
-        """Check and queue a study; an identifier leaves this method only as its hash."""
-        _check_study(study, self._image_size)
-        patient = hash_of(self._key, "patient", study.patient)
-        number = hash_of(self._key, "study", f"{study.patient}\0{study.study}")
-        self._pending.append(replace(study, patient=patient, study=number))
-        self._num_waiting += 1
-        if self._num_waiting >= _FLUSH_STUDIES:
-            self._flush()
-
-    def _split_of(self, patient: str, *, never_test: bool = False) -> str:
-        position = int(hash_of(self._key, "split", patient), 16) / 16**32
-        if never_test:
-            train, val, _ = self._shares
-            return "train" if position * (train + val) < train or not train + val else "val"
-        if position < self._shares[0]:
-            return "train"
-        return "val" if position < self._shares[0] + self._shares[1] else "test"
-
-    def _open_arrays(self, opened: contextlib.ExitStack) -> None:
-        """The arrays with as many rows as the journal knows of."""
-        num_images = num_words = 0
-        for row in self._written():
-            num_images += row.has_image
-            num_words += row.num_words
-        square, folder = (self._image_size, self._image_size), self._journal.folder
-        self._images = _ArrayFile(folder / "images.npy", np.dtype(np.uint8), square, num_rows=num_images)
-        opened.callback(self._images.close)
-        self._tokens = _ArrayFile(folder / "tokens.npy", _token_type(self._tokenizer.vocab_size), (), num_rows=num_words)
-        opened.callback(self._tokens.close)
-
-    def _written(self) -> Iterator[_Written]:
-        return (_Written(*said) for kind, *said in self._journal.lines() if kind == "study")
-
-    def _flush(self) -> None:
-        """Arrays first, then the lines that tell of them."""
-        waiting, self._pending, self._num_waiting = self._pending, [], 0
-        studies = [each for each in waiting if isinstance(each, _Study)]
-        images = [study.image for study in studies if study.image is not None]
-        if images:
-            self._images.append(np.stack(images))
-        lengths = iter(self._append_texts([study.text for study in studies]))
-        if self._mark is not None:
-            self._images.flush()
-            self._tokens.flush()
-        self._journal.write(_line(each, next(lengths)) if isinstance(each, _Study) else each for each in waiting)
-        self._flushed = time.monotonic()
-
-    def _append_texts(self, texts: Sequence[str | None]) -> list[int]:
-        """How many words each has."""
-        words = self._tokenizer.encode([text for text in texts if text is not None], self._max_words)
-        self._tokens.append(np.fromiter(itertools.chain.from_iterable(words), dtype=self._tokens.dtype))
-        encoded = iter(words)
-        return [0 if text is None else len(next(encoded)) for text in texts]
-
-    def _write_studies(self) -> None:
-        """studies.parquet and offsets.npy; only now, since neither can be gone on with."""
-        rows, num_images = self._written(), 0
-        offsets = _ArrayFile(self._journal.folder / "offsets.npy", np.dtype(np.int64), ())
-        with (
-            contextlib.closing(offsets),
-            pq.ParquetWriter(self._journal.folder / "studies.parquet", _STUDIES) as studies,
-        ):
-            position = np.zeros(1, dtype=np.int64)
-            offsets.append(position)
-            while group := list(itertools.islice(rows, _ROW_GROUP)):
-                studies.write_table(_study_table(group, num_images))
-                num_images += sum(row.has_image for row in group)
-                ends = position[-1] + np.cumsum([row.num_words for row in group], dtype=np.int64)
-                offsets.append(ends)
-                position = ends
-
-    def _counts(self) -> tuple[dict[str, Counter[str]], Counter[str]]:
-        """How many studies of each stream, split and language, and how often each reason code."""
-        studies = {name: Counter[str]() for name in ("streams", "splits", "languages")}
-        left_out = Counter[str]()
-        for kind, *said in self._journal.lines():
-            if kind == "left_out":
-                left_out[said[0]] += said[1]
-            elif kind == "study":
-                row = _Written(*said)
-                studies["streams"][_stream(row)] += 1
-                studies["splits"][row.split] += 1
-                studies["languages"].update([row.lang] if row.lang else ())
-        return studies, left_out
-
-    def _seal(self) -> None:
-        """Write the studies, what is left out and shard.json, and see all of it to the disk."""
-        studies, left_out = self._counts()
-        if not studies["streams"]:
-            raise DataError("no study was added, so there is no shard to write")
-        self._images.close()
-        self._tokens.close()
-        self._write_studies()
-        folder, counts = self._journal.folder, dict(sorted(left_out.items()))
-        lines = [json.dumps({"code": code, "count": count, "reason": REASONS[code]}) + "\n" for code, count in counts.items()]
-        (folder / "quarantine.jsonl").write_text("".join(lines))
-        content = {
-            "schema": SCHEMA_VERSION,
-            "num_studies": studies["streams"].total(),
-            "num_images": self._images.num_rows,
-            "num_words": self._tokens.num_rows,
-            "streams": {name: studies["streams"][name] for name in ("image", "text", "paired")},
-            "splits": {name: studies["splits"][name] for name in SPLITS},
-            "image_size": self._image_size,
-            "max_words": self._max_words,
-            "label_names": self._label_names,
-            "tokenizer": {"fingerprint": self._tokenizer.fingerprint, "vocab_size": self._tokenizer.vocab_size},
-            "files": {name: _member_entry(folder / name) for name in MEMBERS},
-            "deidentification": self._deidentification.model_dump(),
-            "quarantine": counts,
-            "languages": dict(sorted(studies["languages"].items())),
-            "key_mark": mark_of(self._key),
-        }
-        sealed = {**content, "seal": _seal_of(content)}
-        (folder / "shard.json").write_text(json.dumps(sealed, indent=2, ensure_ascii=True) + "\n")
-        for name in (*MEMBERS, "shard.json", "."):
-            flush(folder / name)
-
-
-def write_arrays(
-    path: Path,
-    *,
-    images: NDArray[np.uint8] | None,
-    texts: Sequence[str] | None,
-    has_image: NDArray[np.bool_],
-    has_text: NDArray[np.bool_],
-    labels: NDArray[Any],
-    label_names: Sequence[str],
-    patients: Sequence[Any] | NDArray[Any],
-    splits: Sequence[str] | None,
-    tokenizer: Tokenizer,
-    key: bytes,
-    max_words: int = 128,
-    image_size: int | None = None,
-    replace: bool = False,
-) -> None:
-    """Write a shard of a generated corpus in one go.
-
-    ``images``: uint8 [number with image, S, S] and ``texts``: one for each study with text, both in study order.
-    ``has_image``, ``has_text``: bool [N]. ``labels``: [N, F], 1, 0 or -1, or bool. ``patients``: [N], any printable ids.
-    ``splits``: [N], or None to draw them from the key. ``image_size`` says S where there are no images (0 if not given).
-    """
-    _check_arrays(images, texts, has_image, has_text, labels, patients)
-    size = image_size or 0 if images is None or not len(images) else images.shape[-1]
-    next_image, next_text = iter(() if images is None else images), iter(() if texts is None else texts)
-    writer = ShardWriter(
-        path, image_size=size, tokenizer=tokenizer, key=key, label_names=label_names, max_words=max_words, replace=replace
-    )
-    rows = labels.astype(np.int8).tolist()
-    with writer:
-        for study, patient in enumerate(map(str, patients)):
-            writer._add(
-                _Study(
-                    patient=patient,
-                    study=str(study),
-                    split=writer._split_of(patient) if splits is None else splits[study],
-                    view="unknown",
-                    lang="",
-                    image=next(next_image) if has_image[study] else None,
-                    text=next(next_text) if has_text[study] else None,
-                    labels=rows[study],
-                )
-            )
-
-
-class _ArrayFile:
-    """A .npy file that grows by rows: the header leaves room for the count and is written again at the end.
-
-    ``num_rows``: so many are there already, to be kept; what stands behind them is cut off.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], row_shape: tuple[int, ...], *, num_rows: int = 0) -> None:
-        self.dtype, self.num_rows, self._row_shape = dtype, num_rows, row_shape
-        self._file = open(path, "r+b" if num_rows else "wb")  # noqa: SIM115  closed by the writer that owns it
-        self._write_header()
-        self._header_bytes = self._file.tell()
-        if num_rows:
-            self._keep(num_rows * math.prod(row_shape) * dtype.itemsize)
-
-    def append(self, rows: NDArray[Any]) -> None:
-        """Append [k, *row_shape]."""
-        self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
-        self.num_rows += len(rows)
-
-    def flush(self) -> None:
-        """See the rows to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Put the count into the header; closing twice is harmless."""
-        if self._file.closed:
-            return
-        self._file.seek(0)
-        self._write_header()
-        assert self._file.tell() == self._header_bytes, "numpy pads the header for a first axis of up to 21 digits"
-        self._file.close()
-
-    def _keep(self, num_bytes: int) -> None:
-        end = self._header_bytes + num_bytes
-        if os.fstat(self._file.fileno()).st_size < end:
-            self._file.close()
-            raise DataError("what an interrupted preparation had finished is damaged; start over with --fresh")
-        self._file.truncate(end)
-        self._file.seek(end)
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.num_rows, *self._row_shape),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def _token_type(vocab_size: int) -> np.dtype[Any]:
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """What tokens are kept as."""
     return np.dtype(np.uint16 if vocab_size < 65536 else np.int32)
 
 
-def _line(study: _Study, num_words: int) -> Line:
-    has_image, labels = study.image is not None, list(study.labels)
-    return ["study", *_Written(study.patient, study.study, study.split, study.view, study.lang, has_image, num_words, labels)]
-
-
-def _stream(row: _Written) -> Stream:
-    if not row.has_image:
-        return "text"
-    return "paired" if row.num_words else "image"
-
-
-def _study_table(rows: Sequence[_Written], first_image: int) -> pa.Table:
-    has_image = np.array([row.has_image for row in rows])
-    num_labels = len(rows[0].labels)
-    labels = np.array([row.labels for row in rows], dtype=np.int8).ravel()
-    starts = np.arange(len(rows) + 1, dtype=np.int32) * num_labels
-    return pa.table(
-        {
-            "patient": [row.patient for row in rows],
-            "study": [row.study for row in rows],
-            "split": [row.split for row in rows],
-            "view": [row.view for row in rows],
-            "lang": [row.lang for row in rows],
-            "has_image": has_image,
-            "has_text": [row.num_words > 0 for row in rows],
-            "image_row": np.where(has_image, first_image + np.cumsum(has_image) - 1, -1),
-            "labels": pa.ListArray.from_arrays(starts, labels),
-        },
-        schema=_STUDIES,
-    )
-
-
-def _check_study(study: _Study, image_size: int) -> None:
-    if study.image is None and study.text is None:
-        raise DataError("a study has neither an image nor a text; leave it out")
-    if study.image is not None and (study.image.shape != (image_size, image_size) or study.image.dtype != np.uint8):
-        raise DataError(
-            f"an image is {study.image.dtype} {study.image.shape}, expected uint8 {(image_size, image_size)}; resize it first"
-        )
-    if study.text is not None and not study.text.strip():
-        raise DataError("a text is empty; give None where there is no text")
-    if study.split not in SPLITS or study.view not in VIEWS:
-        raise DataError(f"a split is one of {', '.join(SPLITS)}, a view one of {', '.join(VIEWS)}; got something else")
-    if study.lang != language(study.lang):
-        raise DataError("a language is a tag of BCP 47 such as en or pt-BR, or nothing; got something else")
-    if not set(study.labels) <= {-1, 0, 1}:
-        raise DataError("a label is 1, 0 or -1 (not known); got another number")
-
-
-def _check_arrays(
-    images: NDArray[np.uint8] | None,
-    texts: Sequence[str] | None,
-    has_image: NDArray[np.bool_],
-    has_text: NDArray[np.bool_],
-    labels: NDArray[Any],
-    patients: Sequence[Any] | NDArray[Any],
-) -> None:
-    if not len(has_image) == len(has_text) == len(labels) == len(patients):
-        rows = f"{len(has_image)}, {len(has_text)}, {len(labels)} and {len(patients)}"
-        raise DataError(f"has_image, has_text, labels and patients have {rows} rows; each needs one a study")
-    got = (0 if images is None else len(images), 0 if texts is None else len(texts))
-    expected = (int(np.sum(has_image)), int(np.sum(has_text)))
-    if got != expected:
-        raise DataError(f"got {got[0]} images and {got[1]} texts, has_image and has_text say {expected[0]} and {expected[1]}")
-
-
-def _member_entry(path: Path) -> dict[str, Any]:
+def member_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a member file, as shard.json has them."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _seal_of(content: dict[str, Any]) -> str:
+def seal_of(content: dict[str, Any]) -> str:
     """Hash of shard.json's own content: finds accidents; it is no signature."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _check_goal(path: Path, *, replace: bool) -> None:
-    if not path.exists():
-        return
-    if not (path / "shard.json").is_file():
-        raise DataError("the place for the shard is taken by something that is not a shard; choose another")
-    if not replace:
-        raise DataError("there is a shard in this place already; choose another, or ask to replace it")
 
 
 def _fault(member: str, what: str) -> DataError:
@@ -701,7 +241,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
     if content.get("schema") != SCHEMA_VERSION:
         raise _fault("shard.json", f"has schema version {content.get('schema')!r}, this fedmix reads {SCHEMA_VERSION}")
     seal = content.pop("seal", None)
-    if seal != _seal_of(content):
+    if seal != seal_of(content):
         raise _fault("shard.json", "was changed after it was written")
     try:
         manifest = Manifest.model_validate(content)
@@ -717,7 +257,7 @@ def _check_member(path: Path, name: str, entry: MemberFile, *, verify: bool) -> 
         size = (path / name).stat().st_size
         if size != entry.bytes:
             raise _fault(name, f"has {size} bytes, expected {entry.bytes}: truncated or changed")
-        if verify and _member_entry(path / name)["sha256"] != entry.sha256:
+        if verify and member_entry(path / name)["sha256"] != entry.sha256:
             raise _fault(name, "does not have the hash it was written with: changed or damaged")
     except FileNotFoundError:
         raise _fault(name, "is missing") from None
@@ -732,9 +272,9 @@ def _read_studies(path: Path) -> pa.Table:
             table = file.read()
     except (OSError, pa.ArrowException):
         raise _fault("studies.parquet", "cannot be read: damaged") from None
-    if table.schema.equals(_STUDIES.remove(_LANG)):  # written before languages were kept study by study
-        table = table.add_column(_LANG, _STUDIES.field(_LANG), pa.array([""] * len(table), pa.string()))
-    if not table.schema.equals(_STUDIES):
+    if table.schema.equals(STUDIES.remove(_LANG)):  # written before languages were kept study by study
+        table = table.add_column(_LANG, STUDIES.field(_LANG), pa.array([""] * len(table), pa.string()))
+    if not table.schema.equals(STUDIES):
         raise _fault("studies.parquet", "does not have the columns of its schema")
     if any(column.null_count for column in table.columns):
         raise _fault("studies.parquet", "has empty cells")
@@ -768,7 +308,7 @@ def _check_agreement(shard: Shard) -> None:
         raise _fault("studies.parquet", f"has {len(shard.split)} rows, shard.json says {num_studies}")
     expected: dict[str, tuple[NDArray[Any], tuple[int, ...], np.dtype[Any]]] = {
         "images.npy": (shard.images, (manifest.num_images, manifest.image_size, manifest.image_size), np.dtype(np.uint8)),
-        "tokens.npy": (shard.tokens, (manifest.num_words,), _token_type(manifest.tokenizer.vocab_size)),
+        "tokens.npy": (shard.tokens, (manifest.num_words,), token_type(manifest.tokenizer.vocab_size)),
         "offsets.npy": (shard.offsets, (num_studies + 1,), np.dtype(np.int64)),
     }
     for name, (array, shape, dtype) in expected.items():

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from fedmix.data.inspection import check_together, declaration, num_shared, patients_in_two_splits
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 

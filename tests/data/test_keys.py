@@ -5,7 +5,8 @@ import pytest
 
 from fedmix.data.deidentification import Deidentification
 from fedmix.data.keys import mark_of, site_key
-from fedmix.data.shard import Shard, ShardWriter, _seal_of
+from fedmix.data.shard import Shard, seal_of
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
@@ -24,7 +25,7 @@ def rewritten(shard, change):
     content = json.loads((shard / "shard.json").read_text())
     content.pop("seal")
     change(content)
-    (shard / "shard.json").write_text(json.dumps({**content, "seal": _seal_of(content)}))
+    (shard / "shard.json").write_text(json.dumps({**content, "seal": seal_of(content)}))
 
 
 def test_a_shard_says_in_the_standards_terms_what_was_done(shard):

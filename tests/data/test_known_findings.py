@@ -9,7 +9,8 @@ from fedmix import config
 from fedmix.data.known_findings import FindingsReader, columns_of
 from fedmix.data.loading import sampler_of
 from fedmix.data.reports.labeller import FINDINGS
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 
 NAMES = ("Pleural Effusion", "effusion_left", "Lung Lesion", "Support Devices")

@@ -11,7 +11,8 @@ from torch import Tensor
 from fedmix import config
 from fedmix.batch import Batch, Study
 from fedmix.data.loading import PatientSampler, Sampler, collate, pad, study
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 

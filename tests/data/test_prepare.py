@@ -20,7 +20,7 @@ from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source
 from fedmix.data.layouts.table import TableColumns, TableOptions, open_table, table_records, table_source
 from fedmix.data.prepare import PrepareOptions, PrepareSummary, prepare
 from fedmix.data.quarantine import REASONS, RefusedError
-from fedmix.data.shard import Shard, _seal_of
+from fedmix.data.shard import Shard, seal_of
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
@@ -553,7 +553,7 @@ def test_a_manifest_that_names_another_file_opens_nothing(site, add):
     for cell in POISON:
         content = json.loads(json.dumps({name: value for name, value in whole.items() if name != "seal"}))
         content["files"][cell] = content["files"]["images.npy"] if add else content["files"].pop("images.npy")
-        path.write_text(json.dumps({**content, "seal": _seal_of(content)}))
+        path.write_text(json.dumps({**content, "seal": seal_of(content)}))
         with pytest.raises(DataError, match="does not list the member files"):
             Shard.open(path.parent)
 

@@ -17,7 +17,7 @@ from little import ROOT, waited_until
 from PIL import Image
 from radiographs import file_of, marked
 
-from fedmix.data import shard as shards
+from fedmix.data import shard_writer
 from fedmix.data.images import ImageOptions
 from fedmix.data.journal import Journal
 from fedmix.data.layouts.records import SourceOptions
@@ -36,7 +36,7 @@ COLUMNS = ("image", "text", "patient_id", "study_id", "labels", "split", "lang")
 def often():
     """Every few rows are seen to the disk, as else some hundred are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_FLUSH_STUDIES", 4)
+        patch.setattr(shard_writer, "_FLUSH_STUDIES", 4)
         yield
 
 

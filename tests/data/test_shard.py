@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedmix.data.shard import MEMBERS, SPLITS, Shard, ShardWriter, _ArrayFile, _seal_of, _token_type, write_arrays
+from fedmix.data.array_file import ArrayFile
+from fedmix.data.shard import MEMBERS, SPLITS, Shard, seal_of, token_type
+from fedmix.data.shard_writer import ShardWriter, write_arrays
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 
@@ -184,7 +186,7 @@ def test_a_shard_of_before_the_column_of_languages_still_opens(path):
     del content["seal"], content["languages"]
     data = (path / "studies.parquet").read_bytes()
     content["files"]["studies.parquet"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (path / "shard.json").write_text(json.dumps({**content, "seal": _seal_of(content)}))
+    (path / "shard.json").write_text(json.dumps({**content, "seal": seal_of(content)}))
     shard = Shard.open(path)
     assert shard.lang == [""] * 10
     assert shard.words(1) is not None
@@ -257,7 +259,7 @@ def reseal(path, **changes):
         if name in MEMBERS
     }
     content.update(changes)
-    (path / "shard.json").write_text(json.dumps({**content, "seal": _seal_of(content)}))
+    (path / "shard.json").write_text(json.dumps({**content, "seal": seal_of(content)}))
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
@@ -438,7 +440,7 @@ def test_the_writer_does_not_hold_the_corpus_in_memory(tmp_path, tokenizer):
 
 def test_an_array_file_is_what_numpy_would_have_saved(tmp_path):
     rows = np.arange(60, dtype=np.int32).reshape(5, 3, 4)
-    file = _ArrayFile(tmp_path / "grown.npy", rows.dtype, (3, 4))
+    file = ArrayFile(tmp_path / "grown.npy", rows.dtype, (3, 4))
     file.append(rows[:2])
     file.append(rows[2:])
     file.close()
@@ -447,10 +449,10 @@ def test_an_array_file_is_what_numpy_would_have_saved(tmp_path):
 
 
 def test_tokens_take_two_bytes_while_every_id_fits():
-    assert _token_type(8_000) == np.uint16
-    assert _token_type(65_535) == np.uint16
-    assert _token_type(65_536) == np.int32
-    assert _token_type(250_000) == np.int32
+    assert token_type(8_000) == np.uint16
+    assert token_type(65_535) == np.uint16
+    assert token_type(65_536) == np.int32
+    assert token_type(250_000) == np.int32
 
 
 def arrays(count=20):

@@ -12,7 +12,8 @@ import tiny
 import torch
 
 from fedmix.batch import Stream
-from fedmix.data.shard import Shard, write_arrays
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import write_arrays
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 from fedmix.federation import scoring

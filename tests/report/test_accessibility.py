@@ -19,7 +19,8 @@ from synthetic_audit import canaries_and_update, found
 from synthetic_run import manifest, write_run
 from synthetic_study import LEVELS, write_study
 
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.report import html
 from fedmix.report.leakage import write_leakage

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from fedmix.data.quarantine import MENDING, REASONS
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import DataError
 from fedmix.report.contact_sheet import SIDE, contact_sheet, drawn_squares

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fedmix import config
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment.plan import _portable
 from fedmix.errors import DataError

@@ -53,7 +53,7 @@ def with_own_shards(folder: Path) -> tuple[Path, dict[str, Path]]:
     return write_config(folder, wanted), shards
 
 
-@pytest.mark.parametrize("engine", ["inprocess", "ray"])
+@pytest.mark.parametrize("engine", ["inprocess", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_corrupt_shard_is_found_before_training_and_the_run_goes_on_once_it_is_mended(engine: str, tmp_path: Path) -> None:
     path, shards = with_own_shards(tmp_path)
     member = shards["west"] / "images.npy"
@@ -70,6 +70,7 @@ def test_a_corrupt_shard_is_found_before_training_and_the_run_goes_on_once_it_is
     assert fedmix("simulate", path, "--out", tmp_path / "run", "--engine", engine).returncode == 0
 
 
+@pytest.mark.slow  # the members one by one are in tests/data/test_shard.py
 def test_any_corrupt_member_is_one_sentence(tmp_path: Path) -> None:
     path, shards = with_own_shards(tmp_path)
     for member in ("shard.json", *MEMBERS):
@@ -316,7 +317,7 @@ def rounds_told(folder: Path) -> int:
     return path.read_text().count('"event": "round"') if path.exists() else 0
 
 
-@pytest.mark.parametrize("engine", ["inprocess", "ray"])
+@pytest.mark.parametrize("engine", ["inprocess", pytest.param("ray", marks=pytest.mark.slow)])
 def test_ctrl_c_is_one_sentence_and_code_130_and_resume_goes_on_to_the_bit(engine: str, tmp_path: Path) -> None:
     path, folder = long(tmp_path), tmp_path / "run"
     arguments = command("simulate", path, "--out", folder, "--engine", engine)

@@ -88,6 +88,7 @@ def ordered(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return sorted(found, key=lambda row: (row[2], row[0], row[3] or ""))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_many_points_ends_in_the_same_bytes(tmp_path: Path) -> None:
     path = seven_rounds(tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -27,7 +27,8 @@ from fedmix.data.prepare.parts import of_part
 from fedmix.data.prepare.reading import Outcome, read_study
 from fedmix.data.prepare.resuming import mark_of_row, mark_of_settings
 from fedmix.data.prepare.tally import Tally, TooMuchLeftOutError
-from fedmix.data.shard import Shard, ShardWriter
+from fedmix.data.shard import Shard
+from fedmix.data.shard_writer import ShardWriter
 from fedmix.errors import DataError
 
 if TYPE_CHECKING:
