@@ -7,7 +7,7 @@ TOOLS := .tools
 OPEN_DATA ?= $(or $(FEDMIX_OPEN_DATA),../shared/data/cxr-open)
 
 # Tests use one thread each, and those that start whole systems mostly wait: two files at a time.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -20,8 +20,8 @@ demo: $(STAMP)  ## train, evaluate and report a federation of phantom hospitals 
 test: $(STAMP)  ## the default tests
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
-test-systems: $(STAMP)  ## the tests that start whole systems or use real data, as far as a continuous integration has time for them
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m "(e2e or data) and not slow and not gpu"
+test-systems: $(STAMP)  ## the tests that start whole systems or use real data; UNTIL=unix time: none begins after it
+	$(BIN)/pytest $(SIDE_BY_SIDE) --durations 12 -m "(e2e or data) and not slow and not gpu" $(if $(UNTIL),--begin-until $(UNTIL))
 
 test-all: $(STAMP)  ## with the tests that start whole systems, use real data or take minutes
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not gpu"

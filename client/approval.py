@@ -17,7 +17,7 @@ from client.home import DIGEST, Home
 from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.deployment import plan as plans
-from fedmix.disk import flush, reason_of
+from fedmix.disk import flush, reason_of, write_whole
 from fedmix.errors import ConfigError, FedmixError, PolicyError
 from fedmix.federation.compression import parts_of
 from fedmix.federation.scoring import measures_of
@@ -100,11 +100,7 @@ def deny(home: Home, plan: str) -> str:
     digest = plan if DIGEST.fullmatch(plan) else hashlib.sha256(plans.content_of(Path(plan))).hexdigest()
     denied = home.denied()
     if digest not in denied:
-        partial = home.plans / "denied.partial"
-        partial.write_text("".join(f"{each}\n" for each in sorted({*denied, digest})))
-        flush(partial)
-        os.replace(partial, home.denied_file)
-        flush(home.plans)
+        write_whole(home.denied_file, "".join(f"{each}\n" for each in sorted({*denied, digest})))
     home.approved(digest).unlink(missing_ok=True)
     home.ledger().append("denied", plan=digest)
     return digest

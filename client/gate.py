@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from fedmix import config
 from fedmix.data.shard import Shard
 from fedmix.deployment import plan as plans
 from fedmix.deployment.ledger import measured
-from fedmix.disk import reason_of
+from fedmix.disk import reason_of, write_whole
 from fedmix.errors import FedmixError, LedgerError, PolicyError, RunError, UpdateError
 from fedmix.federation import screening
 from fedmix.federation.compression import Parts, decode_rows
@@ -176,9 +175,7 @@ def _experiment_file(home: Home, digest: str, experiment: config.Experiment) -> 
     try:
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(text)
-            os.replace(partial, path)
+            write_whole(path, text)
     except OSError as error:
         raise RunError(f"this site's state cannot be kept: {reason_of(error)}; see to its state folder") from None
     return path

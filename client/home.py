@@ -18,7 +18,7 @@ from client import policy as policies
 from fedmix.config.reading import read_yaml
 from fedmix.deployment.ledger import Ledger
 from fedmix.deployment.units import write_unit
-from fedmix.disk import flush, reason_of
+from fedmix.disk import reason_of, write_whole
 from fedmix.errors import ConfigError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -192,19 +192,19 @@ def create(folder: Path, settings: Settings, ca: bytes) -> Home:
     for each in (home.folder, home.plans, home.state, home.logs, home.flower):
         each.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = ec.generate_private_key(ec.SECP384R1())
-    write_new(
+    write_whole(
         home.key,
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()),
         mode=0o600,
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_new(home.public_key, public + f" {settings.name}\n".encode())
-    write_new(home.secret, os.urandom(32), mode=0o600)
-    write_new(home.ca, ca)
-    write_new(home.policy_file, policies.default_text().encode())
+    write_whole(home.public_key, public + f" {settings.name}\n".encode())
+    write_whole(home.secret, os.urandom(32), mode=0o600)
+    write_whole(home.ca, ca)
+    write_whole(home.policy_file, policies.default_text().encode())
     _write_unit(home, settings)
     # Last: a home with settings is whole.
-    write_new(home.settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
+    write_whole(home.settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     home.ledger().append("created", site=settings.name, key=fingerprint(home.public_key))
     return home
 
@@ -218,14 +218,3 @@ def _write_unit(home: Home, settings: Settings) -> None:
 def fingerprint(public_key: Path) -> str:
     """SHA-256 of a public key file's key, to be read out over the telephone; its comment does not count."""
     return hashlib.sha256(public_key.read_text().split()[1].encode()).hexdigest()
-
-
-def write_new(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Write a file that must not be there yet, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)

@@ -6,7 +6,6 @@ trains to the same change whenever it is given the same parameters: see ``client
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -14,8 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from client.home import write_new
-from fedmix.disk import flush, reason_of
+from fedmix.disk import reason_of, write_whole
 from fedmix.errors import RunError
 from fedmix.federation import secure_keys
 from fedmix.federation.secure_keys import Statement
@@ -100,7 +98,7 @@ def signing_key(registered: Path | None, state: Path) -> ec.EllipticCurvePrivate
             path.parent.mkdir(parents=True, exist_ok=True)
             made = ec.generate_private_key(secure_keys.CURVE)
             form = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-            write_new(path, made.private_bytes(*form), mode=0o600)
+            write_whole(path, made.private_bytes(*form), mode=0o600)
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError) as error:
         raise RunError(f"this site's key cannot be read ({type(error).__name__}); see to its home") from None
@@ -120,14 +118,8 @@ def _read(path: Path, kind: type[Kept]) -> Kept | None:
 
 def _write(path: Path, kept: BaseModel) -> None:
     """Write a file readable by its owner alone, there whole or not at all, even if the power fails."""
-    partial = path.with_suffix(".partial")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(kept.model_dump_json())
-        flush(partial)
-        os.replace(partial, path)
-        flush(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, kept.model_dump_json(), mode=0o600)
     except OSError as error:
         raise RunError(f"this site's state cannot be kept: {reason_of(error)}; see to its state folder") from None

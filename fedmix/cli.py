@@ -199,7 +199,7 @@ def evaluate(
         from fedmix.data.shard import Shard
         from fedmix.evaluation import suite
         from fedmix.model.folder import load_model
-        from fedmix.report.summary import write_json
+        from fedmix.report.files import write_json
         from server import held_out
 
     out.mkdir(parents=True, exist_ok=True)  # before minutes of work, if it cannot be

@@ -18,6 +18,21 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+    """Write a file that is there whole or not at all, even if the power fails; for one writer at a time."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
 def errno_of(error: Exception) -> int | None:
     """The system's number of what went wrong; safetensors hides it in the text of its own error."""
     found = re.search(r"os error (\d+)", str(error))

@@ -21,7 +21,7 @@ from fedmix.evaluation.features import Report
 from fedmix.evaluation.held_out import HeldOut
 from fedmix.federation import robust
 from fedmix.model.encoder import MixedModel
-from fedmix.report import energy, summary
+from fedmix.report import energy, files, summary
 from server import accounts, secure, site_scores
 from server import held_out as central
 from server.home import PLAN
@@ -61,7 +61,7 @@ def evaluate(
     elif experiment.evaluation.membership_patients:
         report["skipped"]["membership"] = "the sites' patients are not at the server; run `fedmix audit` at a site"
     result = {"of": _evaluated(experiment), "report": report, "seconds": time.time() - started}
-    summary.write_json(folder / "evaluation" / "evaluation.json", result)
+    files.write_json(folder / "evaluation" / "evaluation.json", result)
     return result
 
 
@@ -168,7 +168,7 @@ def write_report(
         },
         energy=energy.estimate(manifest["hardware"], wall_s, is_on_one_machine=not (store.folder / PLAN).exists()),
     )
-    summary.write_json(store.folder / "report.json", report)
+    files.write_json(store.folder / "report.json", report)
 
 
 def _promises(experiment: config.Experiment) -> list[str]:

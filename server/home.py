@@ -6,7 +6,6 @@ A person sets it up once with ``fedmix server init``; server/README.md says what
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmix.config.reading import read_yaml
 from fedmix.deployment.environment import LOOPBACK
-from fedmix.disk import reason_of
+from fedmix.disk import reason_of, write_whole
 from fedmix.errors import ConfigError
 
 SITE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # as in data.sites
@@ -174,9 +173,7 @@ class Home:
         if other := next((name for name, kept in registered.items() if kept == given), None):
             raise ConfigError(f"this is the key of site {other}; every site has a key of its own")
         self.sites.mkdir(exist_ok=True)
-        partial = self.sites / f".{site}.partial"
-        partial.write_bytes(given + b"\n")
-        os.replace(partial, self.sites / f"{site}.pub")
+        write_whole(self.sites / f"{site}.pub", given + b"\n")
         return True
 
 

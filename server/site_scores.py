@@ -19,7 +19,7 @@ from fedmix import config
 from fedmix.errors import RunError, UpdateError
 from fedmix.federation import scoring
 from fedmix.federation.update import base_of, digests, tower_of
-from fedmix.report import summary
+from fedmix.report.files import write_json
 from fedmix.report.history import read_history
 from server import messages
 from server.books import Books
@@ -101,7 +101,7 @@ def gather(
         )
     except RunError as error:  # the model is trained: that an agent has left is no reason to lose its report
         found = _unscored(found, str(error))
-    summary.write_json(_file(store.folder), {"of": _asked(experiment), "sites": found})
+    write_json(_file(store.folder), {"of": _asked(experiment), "sites": found})
 
 
 class Asking:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmix import config
-from fedmix.disk import flush, reason_of
+from fedmix.disk import flush, reason_of, write_whole
 from fedmix.errors import RunError
 from fedmix.federation.update import digest
 from fedmix.model import pretrained
@@ -171,7 +171,7 @@ class RunStore:
         self._lock()
         self._metrics.unlink(missing_ok=True)
         self._earlier_s = 0.0
-        _replace(self.folder / "config.yaml", self._experiment.to_yaml())
+        write_whole(self.folder / "config.yaml", self._experiment.to_yaml())
         # Last, because a folder with a manifest is a run.
         self._manifest = _manifest(self._experiment)
         self._write_manifest()
@@ -202,7 +202,7 @@ class RunStore:
         self._drop_lost_rows(committed.round_number if committed else 0)
         self._earlier_s = committed.totals.get("wall_s", 0.0) if committed else 0.0
         # What the fingerprint leaves out may differ: paths, workers, deadlines, evaluation.
-        _replace(self.folder / "config.yaml", self._experiment.to_yaml())
+        write_whole(self.folder / "config.yaml", self._experiment.to_yaml())
         self._manifest |= {"state": "running", "cause": None}
         self._write_manifest()
 
@@ -233,7 +233,7 @@ class RunStore:
     def _drop_lost_rows(self, last: int) -> None:
         """Remove the rows of rounds that were never committed; they are about to happen again."""
         if self._metrics.exists():
-            _replace(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows() if row["round"] <= last))
+            write_whole(self._metrics, "".join(json.dumps(row) + "\n" for row in self._rows() if row["round"] <= last))
 
     def _rows(self) -> list[Row]:
         """The rows of metrics.jsonl that are whole; a kill may have torn the last one."""
@@ -251,7 +251,7 @@ class RunStore:
         return sorted(path for path in self._checkpoints.glob("round-*") if path.is_dir())
 
     def _write_manifest(self) -> None:
-        _replace(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+        write_whole(self.folder / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
 
 
 def row_of(event: str, *, stage: str, round_number: int, site: str | None, values: Mapping[str, float]) -> Row:
@@ -347,10 +347,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    flush(partial)
-    os.replace(partial, path)

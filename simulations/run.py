@@ -19,7 +19,7 @@ from fedmix import config
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.errors import FedmixError, RunError
 from fedmix.evaluation.held_out import HeldOut
-from fedmix.report import html, summary
+from fedmix.report import files, html
 from fedmix.report.history import EVENTS
 from server import held_out as central
 from server import site_scores
@@ -197,7 +197,7 @@ def _pooled(experiment: config.Experiment, name: str, folder: Path, ready: Ready
     ready.view.say(f"baseline {name}")
     pooled = baselines.SPECIAL[name](experiment, ready.shards, ready.tokenizer)
     cost = {"steps": pooled.steps, "examples": pooled.examples, "core_s": pooled.core_s}
-    summary.write_json(folder / "training.json", cost)
+    files.write_json(folder / "training.json", cost)
     return _evaluate(experiment, pooled.parameters, ready, folder, name)
 
 

@@ -26,7 +26,7 @@ import torch
 
 from fedmix import config
 from fedmix.errors import FedmixError, RunError
-from fedmix.report import html, study, study_value, summary
+from fedmix.report import files, html, study, study_value
 from simulations import baselines, forkserver
 from simulations.cells import Cell, cells_of
 from simulations.cost import step_costs
@@ -59,14 +59,14 @@ def run_study(experiment: config.Experiment, out: Path, *, engine_name: EngineNa
 
 def write_costs(cells: Sequence[Cell], out: Path) -> None:
     """Measure one step of every kind that the cells' methods take, and keep it in costs.json."""
-    summary.write_json(out / study.COSTS, {"schema": 1, "steps": step_costs(_trained_by(cells))})
+    files.write_json(out / study.COSTS, {"schema": 1, "steps": step_costs(_trained_by(cells))})
 
 
 def write_standing(out: Path) -> Path:
     """study.json and the page that compares the methods, from what is there; returns the page's path."""
     found = study.read_study(out)
     values = {regime: value for regime in found.regimes if (value := study_value.as_json(found, regime))}
-    summary.write_json(out / "study.json", study.as_json(found) | ({"site_value": values} if values else {}))
+    files.write_json(out / "study.json", study.as_json(found) | ({"site_value": values} if values else {}))
     return html.write_study(out / PAGE, [found])
 
 
@@ -88,7 +88,7 @@ def _open(experiment: config.Experiment, out: Path, *, resume: bool) -> None:
         raise RunError(f"{out} already holds a study; go on with --resume, choose another folder with --out, or remove it")
     if (out / "manifest.json").exists():
         raise RunError(f"{out} holds a single run, not a study; choose another folder with --out")
-    summary.write_text(place, experiment.to_yaml())
+    files.write_text(place, experiment.to_yaml())
 
 
 def _at_once(experiment: config.Experiment, engine_name: EngineName) -> int:

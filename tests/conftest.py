@@ -1,4 +1,5 @@
 import signal
+import time
 
 import pytest
 import torch
@@ -12,9 +13,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fedmix", deadline=None)
 settings.load_profile("fedmix")
 
+LONGEST = ("test_chaos.py", "test_hospitals.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--renew-golden", action="store_true", help="write tests/golden/loss_curve.json anew")
+    parser.addoption("--begin-until", type=float, metavar="UNIX_TIME", help="skip e2e tests that would begin later")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first: side by side with all the others they end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--begin-until")
+    if until and time.time() > until and item.get_closest_marker("e2e"):
+        pytest.skip("no time is left for it here; `make test-systems` without UNTIL takes the time it needs")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -48,7 +48,9 @@ def test_what_stays_on_loopback_counts_as_nothing(tmp_path: Path) -> None:
 )
 def test_a_packet_that_is_meant_for_elsewhere_is_counted(what: str, counted: str, tmp_path: Path) -> None:
     code, beyond, counts = tried(what, tmp_path)
-    assert (code, beyond, set(counts)) == (0, set(), {counted})
+    assert (code, set(counts)) == (0, {counted})
+    # Linux gives a socket that sends a datagram a port that everybody may answer to, and a look may fall into its short life.
+    assert beyond <= ({"0.0.0.0"} if "sendto" in what else set())
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def _of_its_kind(folder: Path, attacked: Loaded, what: str) -> MixedModel:
 
 def _write(out: Path, found: dict[str, Any]) -> None:
     """leakage.json, leakage.html, and a table on the terminal."""
+    from fedmix.report.files import write_json
     from fedmix.report.leakage import rows, write_leakage
-    from fedmix.report.summary import write_json
 
     write_json(out / "leakage.json", found)
     table = Table("attack", "AUC or points", "95 %", "what it means", box=None)

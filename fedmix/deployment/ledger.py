@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from fedmix.disk import flush, reason_of
+from fedmix.disk import reason_of, write_whole
 from fedmix.errors import LedgerError
 
 NO_HEAD = ""  # what stands before the first entry
@@ -107,12 +107,7 @@ class Ledger:
         return found
 
     def _keep_head(self, head: _Head) -> None:
-        path = head_file(self._path)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"entries": head.entries, "hash": head.hash, "size": head.size}))
-        flush(partial)
-        os.replace(partial, path)
-        flush(path.parent)
+        write_whole(head_file(self._path), json.dumps({"entries": head.entries, "hash": head.hash, "size": head.size}))
 
 
 def verify(path: Path, *, peer: Path | None = None, name: str | None = None) -> Verified:

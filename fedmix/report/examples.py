@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedmix.errors import RunError
-from fedmix.report.summary import read_json
+from fedmix.report.files import read_json
 
 SHOWABLE = {"phantom": "synthetic phantoms", "public": "public studies"}
 MAX_SIDE = 160  # pixels; larger pictures are reduced, or a page of 224-pixel examples would pass 3 MB

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmix.report import measures, quantities
+from fedmix.report.evaluated import Evaluation, RankingByFinding
 from fedmix.report.measures import Grid
-from fedmix.report.summary import Baseline, Evaluation, RankingByFinding, Report
+from fedmix.report.summary import Baseline, Report
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from fedmix.errors import RunError
 from fedmix.report import card, charts, comparison, learning, measures, quantities, site_value, study_value
 from fedmix.report.attacked import MARKED
+from fedmix.report.files import write_text
 from fedmix.report.forest import forest
 from fedmix.report.method import STAGE_COLUMNS
 from fedmix.report.page import read_page
 from fedmix.report.pages import environment
 from fedmix.report.study import Study
-from fedmix.report.summary import Report, write_text
+from fedmix.report.summary import Report
 
 
 def write_report(run_dir: Path) -> Path:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fedmix.errors import RunError
 from fedmix.report import charts, leak_findings, quantities
+from fedmix.report.files import write_text
 from fedmix.report.leak_findings import CANARIES, GUESSING, TITLES, UPDATE, WORDS, Finding, Values
 from fedmix.report.leak_panels import panels
 from fedmix.report.pages import environment
-from fedmix.report.summary import write_text
 
 SCHEMA = 1
 NO_CANARIES = (

@@ -16,11 +16,11 @@ from fedmix import config
 from fedmix.disk import is_held
 from fedmix.errors import ConfigError, RunError
 from fedmix.report import charts, learning, quantities
+from fedmix.report.files import read_json
 from fedmix.report.history import EVENTS, History, Trouble, read_so_far
 from fedmix.report.learning import Section
 from fedmix.report.pages import environment
 from fedmix.report.progress import Progress, SiteState
-from fedmix.report.summary import read_json
 
 MAX_TROUBLES = 12  # the newest
 MAX_WHY = 400  # characters of a reason

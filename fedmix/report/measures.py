@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fedmix.report import markdown, quantities
-from fedmix.report.summary import Classifier, Evaluation, Fidelity, Ranking, Report, Words
+from fedmix.report.evaluated import Classifier, Evaluation, Fidelity, Ranking, Words
+from fedmix.report.summary import Report
 
 Kind = Literal["main", "baseline", "reference"]
 NOT_EVALUATED = "not evaluated in this run"

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from fedmix.privacy import PROMISES
 from fedmix.report import measures, quantities
+from fedmix.report.evaluated import Evaluation, Regeneration, Reranked
 from fedmix.report.history import History
 from fedmix.report.measures import MEASURES, Measure
-from fedmix.report.summary import Evaluation, Regeneration, Report, Reranked
+from fedmix.report.summary import Report
 
 HOLDINGS = {"image": "with images only", "text": "with reports only", "paired": "with both"}
 EXPECTED_BASELINES = ("best_site", "fedavg_all", "paired_only", "centralised")  # the least that a claim has to stand beside

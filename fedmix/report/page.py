@@ -12,14 +12,16 @@ from typing import Any
 
 from fedmix.errors import RunError
 from fedmix.report import charts, learning, measures, narrative, quantities, site_value
+from fedmix.report.evaluated import Classifier
 from fedmix.report.examples import Examples, load_examples
+from fedmix.report.files import read_json
 from fedmix.report.further import FurtherSet, by_finding, further_sets
 from fedmix.report.history import read_history
 from fedmix.report.learning import Section
 from fedmix.report.measures import Grid
 from fedmix.report.method import Method, read_method
 from fedmix.report.readings import Readings, other_ways, readings
-from fedmix.report.summary import Classifier, Report, Run, parse_report, read_json
+from fedmix.report.summary import Report, Run, parse_report
 
 MAX_CONFIG_BYTES = 1 << 18
 

@@ -22,8 +22,8 @@ from fedmix.data.shard import Shard
 from fedmix.disk import reason_of
 from fedmix.errors import DataError
 from fedmix.report.contact_sheet import Square, contact_sheet, drawn_squares
+from fedmix.report.files import write_text
 from fedmix.report.pages import environment
-from fedmix.report.summary import write_text
 
 NUM_BINS = 12
 

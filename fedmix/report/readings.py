@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedmix.report import charts, quantities
+from fedmix.report.evaluated import Calibration, Classification, Classifier, Evaluation, MinedPrompts, ShareOfLabels
 from fedmix.report.measures import LINEAR_PROBE, MEASURES
-from fedmix.report.summary import Calibration, Classification, Classifier, Evaluation, MinedPrompts, ShareOfLabels
 
 AUROC = MEASURES[LINEAR_PROBE]
 TUNED = {"fine_tune": "Fine-tuned end to end", "prompt_tune": "With tuned prompts on the frozen model"}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedmix.report import markdown, measures, quantities
-from fedmix.report.summary import Evaluation, Report, Site, SiteScore
+from fedmix.report.evaluated import Evaluation
+from fedmix.report.summary import Report, Site, SiteScore
 
 HEAD = ("hospital", "gave", "measure", "alone", "federation", "got")
 ABOUT = (

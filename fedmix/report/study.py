@@ -22,8 +22,10 @@ from scipy import stats
 from fedmix import config
 from fedmix.errors import ConfigError, RunError
 from fedmix.report import measures, quantities
+from fedmix.report.evaluated import Evaluation
+from fedmix.report.files import read_json
 from fedmix.report.measures import Measure
-from fedmix.report.summary import Evaluation, Site, read_json
+from fedmix.report.summary import Site
 
 SCHEMA = 1
 MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmix import config
-from fedmix.report.summary import build_report, write_json
+from fedmix.report.files import write_json
+from fedmix.report.summary import build_report
 
 SITES = {"north": "image", "east": "image", "south": "image", "west": "text", "harbour": "text", "hill": "paired"}
 LABELS = (

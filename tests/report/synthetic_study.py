@@ -12,8 +12,9 @@ from little import values
 from synthetic_run import evaluation, report_values
 
 from fedmix import config
+from fedmix.report.files import write_json
 from fedmix.report.study import step_key
-from fedmix.report.summary import build_report, write_json
+from fedmix.report.summary import build_report
 
 Level = Mapping[str, float]  # method -> how good it is, from 0 (guessing) to 1
 

@@ -23,11 +23,12 @@ from fedmix.data.shard import Shard
 from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.report import html
+from fedmix.report.files import read_json, write_json
 from fedmix.report.leakage import write_leakage
 from fedmix.report.live import LivePage
 from fedmix.report.preview import write_preview
 from fedmix.report.study import read_study
-from fedmix.report.summary import read_json, read_report, write_json
+from fedmix.report.summary import read_report
 
 TEMPLATES = Path(html.__file__).parent / "templates"
 STYLE = (TEMPLATES / "style.css").read_text()

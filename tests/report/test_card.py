@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from synthetic_run import evaluation, manifest, report_values
 
 from fedmix.report import energy, markdown
+from fedmix.report.files import write_json
 from fedmix.report.html import write_report
-from fedmix.report.summary import write_json
 
 HOSTILE = "<script>alert(1)</script> [red](//evil) ![x](//evil) `a` *b* _c_ |\n# d"
 

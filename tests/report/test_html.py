@@ -12,8 +12,9 @@ import pytest
 from synthetic_run import evaluation, manifest, metrics_rows, report_values, write_examples
 
 from fedmix.errors import RunError
+from fedmix.report.files import write_json
 from fedmix.report.html import read_page, write_comparison, write_report
-from fedmix.report.summary import read_report, write_json
+from fedmix.report.summary import read_report
 
 VOID = {"meta", "img", "br"}
 

@@ -14,8 +14,8 @@ import pytest
 from synthetic_run import SITES, experiment, manifest, metrics_rows
 
 from fedmix.errors import RunError
+from fedmix.report.files import write_json
 from fedmix.report.live import LivePage, read_now
-from fedmix.report.summary import write_json
 
 HOSTILE = "<script>alert(1)</script>[red]\"'&"
 HOLDING = (

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from synthetic_run import report_values
 
+from fedmix.report.evaluated import Classification, Evaluation
 from fedmix.report.html import write_report
 from fedmix.report.readings import Readings, other_ways, readings
-from fedmix.report.summary import Classification, Evaluation, read_report
+from fedmix.report.summary import read_report
 from fedmix.report.terminal import remarks
 
 REASON = "not enough data: 7 patients, at least 20 are needed"

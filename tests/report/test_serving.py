@@ -19,7 +19,7 @@ from synthetic_run import manifest, metrics_rows
 
 from fedmix.errors import RunError
 from fedmix.report import serving
-from fedmix.report.summary import write_json
+from fedmix.report.files import write_json
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -14,11 +14,12 @@ from synthetic_study import write_study
 
 from fedmix.report import html, narrative, site_value, study_value
 from fedmix.report.comparison import compared
+from fedmix.report.files import write_json
 from fedmix.report.html import write_report
 from fedmix.report.quantities import DASH
 from fedmix.report.study import read_study
 from fedmix.report.study_terminal import study_tables
-from fedmix.report.summary import Report, build_report, parse_report, write_json
+from fedmix.report.summary import Report, build_report, parse_report
 from fedmix.report.terminal import remarks
 
 PSNR, BITS, RANK = "score/psnr_db", "score/bits_per_token", "score/r1_of_32"

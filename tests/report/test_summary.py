@@ -8,7 +8,8 @@ import pytest
 from synthetic_run import report_values
 
 from fedmix.errors import RunError
-from fedmix.report.summary import build_report, parse_report, read_report, write_json
+from fedmix.report.files import write_json
+from fedmix.report.summary import build_report, parse_report, read_report
 
 
 def test_report_has_exactly_the_blocks_that_the_design_names() -> None:

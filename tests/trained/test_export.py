@@ -19,7 +19,7 @@ from fedmix.errors import RunError
 from fedmix.evaluation.features import NotEvaluableError
 from fedmix.federation.update import digest
 from fedmix.model.folder import load_model
-from fedmix.report.summary import write_json
+from fedmix.report.files import write_json
 from fedmix.trained import export as exporting
 from fedmix.trained.export import WRITTEN, export
 
