@@ -56,12 +56,12 @@ def program(name: str) -> list[str]:
 
 
 def connect() -> None:
-    """Dial the coordinator: Flower's own SuperNode, made fit for the line."""
-    from client import line
+    """Dial the coordinator: Flower's own SuperNode, made fit for the line and for being killed."""
+    from client import line, presence
 
-    _replace(
-        importlib.import_module("flwr.supernode.fleet_http_connection"), "make_simple_http_retry_invoker", line.lasting_invoker
-    )
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    _replace(connection, "make_simple_http_retry_invoker", line.lasting_invoker)
+    _replace(connection, "FleetHttpClient", presence.PresentClient)
     work = importlib.import_module("flwr.supernode.start_client_internal")
     _replace(work, "push_object_contents_from_iterable", line.push)
     _replace(work, "pull_objects", line.pull)
