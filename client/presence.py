@@ -1,14 +1,13 @@
 """A SuperNode that was killed is back at once: its next life signs off for the last one, which can no longer do so itself.
 
 Flower 1.41.0 holds a node to be online for a minute after its last sign of life and meanwhile lets nobody in with its key,
-itself included. Only when it is offline does a waiting round learn that the message which it was answering is lost.
+itself included. Signing off also tells the coordinator that what the last life was answering is lost (server/replies.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
 from pathlib import Path
 
 import httpx
@@ -16,8 +15,6 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, Deac
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedmix.disk import write_whole
-
-NOTICED_S = 3.0  # offline for so long, for the coordinator to notice; a round asks for its replies several times a second
 
 
 class PresentClient(FleetHttpClient):
@@ -30,7 +27,6 @@ class PresentClient(FleetHttpClient):
             # The coordinator refuses where it has noticed by itself, or where this site has been registered anew.
             with contextlib.suppress(httpx.HTTPStatusError):
                 self.DeactivateNode(DeactivateNodeRequest(node_id=last))
-                time.sleep(NOTICED_S)
         response = super().ActivateNode(request)
         write_whole(_note(), str(response.node_id))
         return response

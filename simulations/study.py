@@ -158,7 +158,8 @@ def _run_cell(cell: Cell, share: int, engine_name: EngineName, connection: Conne
     federation = cell.experiment.federation
     workers = federation.workers or share
     experiment = cell.experiment.model_copy(update={"federation": federation.model_copy(update={"workers": workers})})
-    torch.set_num_threads(workers * federation.threads_per_site)
+    # Not more for a cell that has the machine to itself: the number is part of what an evaluation finds, in the last digits.
+    torch.set_num_threads(federation.threads_per_site)
     voice = _Voice(connection)
     try:
         page = simulate(

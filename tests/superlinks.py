@@ -43,6 +43,10 @@ class Awaited:
         self.head = Message(RecordDict(), reply_to=order)
         self.head.metadata.__dict__["_message_id"] = self.tree.object_id
 
+    def lose_its_line(self) -> None:
+        """Nothing is heard of the site for so long that it counts as offline."""
+        assert self.state.acknowledge_node_heartbeat(self.node, -1.0)
+
     def replies(self) -> list[Message]:
         """What the ServerApp is given when it asks."""
         return self.state.get_message_res({self.order}, self.run)
@@ -54,6 +58,7 @@ class Sending(Awaited):
     def __init__(self, database: Path) -> None:
         super().__init__(database, 8_000_000)  # two objects of Flower's 5 MiB
         self.database = database
+        assert self.state.get_message_ins(self.node, 1)
         self.session = self.state.start_session(self.run)
         assert self.state.store_message_and_object_tree(self.head, self.tree, self.session)[0]
 

@@ -14,7 +14,6 @@ from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectSto
 from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from client import presence
 from client.presence import PresentClient
 
 KEY = b"the site's public key"
@@ -48,7 +47,6 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuperLink:
     """What every client of this test calls, without a line in between."""
     made = SuperLink()
     monkeypatch.setattr(PresentClient, "_unary_unary", lambda self, *, request, **options: made.answer(request))
-    monkeypatch.setattr(presence, "NOTICED_S", 0.0)
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     return made
 
@@ -61,15 +59,6 @@ def test_one_that_was_killed_takes_its_own_place(link: SuperLink) -> None:
     life().ActivateNode(ONLINE)
     assert life().ActivateNode(ONLINE).node_id == link.node
     assert link.status == "online"
-
-
-def test_its_last_life_is_offline_for_long_enough_to_be_noticed(link: SuperLink, monkeypatch: pytest.MonkeyPatch) -> None:
-    life().ActivateNode(ONLINE)
-    seen: list[tuple[str, float]] = []
-    monkeypatch.setattr(presence.time, "sleep", lambda seconds: seen.append((link.status, seconds)))
-    monkeypatch.setattr(presence, "NOTICED_S", 3.0)
-    life().ActivateNode(ONLINE)
-    assert seen == [("offline", 3.0)]
 
 
 def test_another_with_its_key_is_kept_out(link: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_a_site_that_is_away_while_it_sends_is_not_given_up_before_flowers_sessi
     west: Sending, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert west.push(next(iter(west.objects)))
-    assert west.state.deactivate_node(west.node)
+    west.lose_its_line()
     assert west.replies() == []
     later = sql_corestate.now() + timedelta(seconds=200)
     monkeypatch.setattr("server.replies.now", lambda: later)
@@ -51,6 +51,27 @@ def test_a_site_that_is_offline_before_it_answers_is_told_of_at_once(tmp_path: P
     west = Awaited(tmp_path / "state.db", 1000)
     assert west.replies() == []
     assert west.state.deactivate_node(west.node)
+    assert west.replies()[0].has_error()
+
+
+def test_what_a_site_was_sending_or_working_on_when_it_went_is_told_of_at_once_even_if_it_is_back(west: Sending) -> None:
+    first, *others = west.objects
+    assert west.push(first)
+    assert west.state.deactivate_node(west.node)
+    assert west.state.activate_node(west.node, 30.0)
+    assert not west.push(others[0]), "what a process still sends that is going"
+    (reply,) = west.replies()
+    assert reply.has_error()
+
+
+def test_an_order_that_a_site_had_fetched_when_it_went_is_lost_and_one_that_waits_is_not(tmp_path: Path) -> None:
+    west = Awaited(tmp_path / "state.db", 1000)
+    assert west.state.deactivate_node(west.node)
+    assert west.state.activate_node(west.node, 30.0)
+    assert west.replies() == []
+    assert [one.metadata.message_id for one in west.state.get_message_ins(west.node, 1)] == [west.order]
+    assert west.state.deactivate_node(west.node)
+    assert west.state.activate_node(west.node, 30.0)
     assert west.replies()[0].has_error()
 
 
