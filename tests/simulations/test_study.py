@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from little import ROOT, command, fedmix, values, write_config
+from little import ROOT, Silent, command, fedmix, values, write_config
 
 from fedmix import config
 from fedmix.errors import ConfigError, RunError
@@ -31,18 +31,6 @@ def wanted(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def cells(folder: Path, **changes: Any) -> list[Cell]:
     return cells_of(config.build(wanted(folder, **changes)), folder / "out")
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, total_rounds: int, sites: Any) -> None: ...
-
-    def update(self, row: Any) -> None: ...
-
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
 
 
 # ---- cells
