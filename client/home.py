@@ -117,6 +117,11 @@ class Home:
         return self.folder / "state"
 
     @property
+    def scored_file(self) -> Path:
+        """Which patients this site has scored models on, as hashes."""
+        return self.folder / "scored.json"
+
+    @property
     def logs(self) -> Path:
         """What the agent's programs say."""
         return self.folder / "logs"
