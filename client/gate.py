@@ -125,11 +125,17 @@ def admit(home: Home, message: Message, *, now: datetime.datetime | None = None)
     _check_accounts(home, experiment.privacy)
     secure_gate.check_own_key(plan, home)
     site = next(site for site in experiment.data.sites if site.name == settings.name)
-    studies = len(Shard.open(settings.shard, verify=False).select("train", site.stream))
-    if studies < policy.min_studies:
-        raise PolicyError(f"this site takes part with {policy.min_studies} training studies or more, and has fewer")
+    studies = num_studies(settings.shard, site.stream, policy)
     file = _experiment_file(home, digest, experiment)
     return Admitted(settings.name, policy, digest, experiment, file, settings.shard, studies, since, plan.keys)
+
+
+def num_studies(shard: Path, stream: config.StreamName, policy: Policy) -> int:
+    """The studies that this site trains on, if the policy finds them enough."""
+    studies = len(Shard.open(shard, verify=False).select("train", stream))
+    if studies < policy.min_studies:
+        raise PolicyError(f"this site takes part with {policy.min_studies} training studies or more, and has fewer")
+    return studies
 
 
 def check_plan(plan: plans.Plan, site: str, day: datetime.date) -> None:
