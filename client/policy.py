@@ -83,7 +83,7 @@ class Policy(Part):
         if not self.hours.hold(now.hour):
             raise PolicyError(
                 f"this site takes part from {self.hours.begin} to {self.hours.end} o'clock of its local time, it is {now.hour} "
-                "there; the next round within these hours finds it again"
+                "there; a run that goes on, or is resumed, within these hours finds it again"
             )
 
     def check_privacy(self, offered: config.Privacy) -> None:

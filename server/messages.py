@@ -28,7 +28,7 @@ FEDMIX_CODES = range(1000, 1100)  # errors raised by fedmix at a site or in an e
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 FLOWERS_ERRORS = {
-    ErrorCode.MESSAGE_UNAVAILABLE: "its order or its answer was lost on the way",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its agent ended, or its order or answer was lost on the way",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer came too late",
     ErrorCode.NODE_UNAVAILABLE: "its agent went offline",
     ErrorCode.CLIENT_APP_CRASHED: "the program that answers for it stopped without a word (killed, or out of memory?)",
