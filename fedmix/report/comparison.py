@@ -16,6 +16,8 @@ from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate,
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
+UNRANKED = ("membership_auc",)  # .482 is as much a guess as .5, so the lowest is no best
+NAMED = 3  # methods that a sentence names before it counts the rest
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
 ABOUT_INTERVALS = (
     "Intervals are 95 %, Student's t over seeds. A seed moves initial weights, batches and, of phantom sites, the draw of "
@@ -155,14 +157,15 @@ def _has_any(study: Study, regime: str) -> bool:
 def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
     columns = _columns(study, regime)
     found = {(method, name): study.estimate(regime, method, name) for method in methods for name in columns}
-    best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in columns.items()}
+    ranked = {name: measure for name, measure in columns.items() if name not in UNRANKED}
+    best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in ranked.items()}
     most = max((one.num_seeds for one in found.values() if one), default=0)
     rows = [
         Row(
             method_name(method),
             ABOUT_METHOD.get(method, "one site for itself" if method.startswith("site_") else ""),
             "main" if method == MAIN else "baseline",
-            tuple(_mean_cell(measure, found[method, name], best[name], most) for name, measure in columns.items()),
+            tuple(_mean_cell(measure, found[method, name], best.get(name, ""), most) for name, measure in columns.items()),
         )
         for method in methods
     ]
@@ -190,17 +193,38 @@ def _columns(study: Study, regime: str) -> dict[str, Measure]:
 
 
 def _winners(study: Study, regime: str, methods: Sequence[str]) -> str:
-    """Who has the best mean where, and whether the main method is behind it by more than its seeds tell apart."""
-    told = []
-    for name, measure in MEASURES.items():
-        found = {method: one.mean for method in methods if (one := study.estimate(regime, method, name))}
-        if len(found) < 2:
-            continue
-        best = (max if measure.better == "higher" else min)(found, key=found.__getitem__)
-        less = study.difference(regime, best, name) if best != MAIN else None
-        standing = "" if less is None else ", clear of fedmix" if less.is_clear else ", not clear of fedmix"
-        told.append(f"{measure.title}: {method_name(best)} ({measure.show(found[best])}{standing})")
-    return f"Best means. {'; '.join(told)}." if told else ""
+    """Who has the best mean where, and of whom the seeds do not tell it apart, whoever leads."""
+    told = [text for name in MEASURES if name not in UNRANKED and (text := _leader(study, regime, methods, name))]
+    if not told:
+        return ""
+    if max(study.num_seeds(regime, method) for method in methods) < 2:
+        return f"Best numbers, of one seed, which tells nothing apart. {'; '.join(told)}."
+    return f"Best means; clear: the interval of the difference within seeds leaves zero out. {'; '.join(told)}."
+
+
+def _leader(study: Study, regime: str, methods: Sequence[str], name: str) -> str:
+    """Who leads in a measure; methods whose means read alike share the lead."""
+    measure = MEASURES[name]
+    found = {method: one.mean for method in methods if (one := study.estimate(regime, method, name))}
+    ranked = sorted(found, key=found.__getitem__, reverse=measure.better == "higher")
+    if len(ranked) < 2:
+        return ""
+    best = measure.show(found[ranked[0]])
+    leaders = [method for method in ranked if measure.show(found[method]) == best]
+    less = {method: study.difference(regime, method, name, of=ranked[0]) for method in ranked if method not in leaders}
+    unclear = [method for method, one in less.items() if one is None or not one.is_clear]
+    has_interval = any(one is not None and one.interval is not None for one in less.values())
+    standing = "" if not has_interval else f", not clear of {_some(unclear)}" if unclear else ", clear of all others"
+    who = f"{quantities.listing([method_name(method) for method in leaders])}{' alike' if len(leaders) > 1 else ''}"
+    return f"{measure.title}: {who} ({best}{standing})"
+
+
+def _some(methods: Sequence[str]) -> str:
+    """Methods by name, and how many more where they are many."""
+    names = [method_name(method) for method in methods]
+    if len(names) > NAMED + 1:
+        names = [*names[:NAMED], f"{len(names) - NAMED} more"]
+    return quantities.listing(names)
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:

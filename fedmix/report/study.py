@@ -132,9 +132,13 @@ class Study:
         """A method's number over the seeds that have it; None if none has."""
         return estimate(self._values(regime, method, measure))
 
-    def difference(self, regime: str, method: str, measure: str) -> Estimate | None:
-        """Main method less another, seed by seed; None if no seed has both."""
-        ours, theirs = self._values(regime, MAIN, measure), self._values(regime, method, measure)
+    def num_seeds(self, regime: str, method: str) -> int:
+        """How many seeds have any of a method's numbers."""
+        return sum(cell.regime == regime and method in cell.methods for cell in self.cells)
+
+    def difference(self, regime: str, method: str, measure: str, *, of: str = MAIN) -> Estimate | None:
+        """The main method, or another one, less a method, seed by seed; None if no seed has both."""
+        ours, theirs = self._values(regime, of, measure), self._values(regime, method, measure)
         return estimate({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
 
     def change(self, before: str, after: str, method: str, measure: str) -> Estimate | None:

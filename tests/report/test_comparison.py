@@ -57,6 +57,12 @@ def test_a_study_that_attacked_its_models_has_a_column_of_it(folder: Path) -> No
     cells = {row.name: row.cells[-1] for row in attacked.means.rows}
     assert cells["fedmix"] is not None
     assert cells["fedmix"].text == "0.610"
+    path = folder / "plentiful/seed-1/report.json"
+    report["baselines"]["paired_only"]["evaluation"]["membership"] = {"auc": 0.482, "auc_ci95": [0.45, 0.52]}
+    path.write_text(json.dumps(report))
+    [regime, _] = compared(read_study(folder)).regimes
+    assert "Membership" not in regime.winners, "less than .5 is as much a guess"
+    assert not any(row.cells[-1] and row.cells[-1].is_best for row in regime.means.rows)
     assert MEASURES["membership_auc"].title not in str(attacked.gaps), "no utility, so no gap to recover"
 
 
@@ -79,15 +85,40 @@ def test_tables_hold_means_differences_and_mark_what_is_clear(folder: Path) -> N
     assert (narrow.text, narrow.is_best) == ("+0.22", False)
 
 
-def test_who_has_the_best_mean_is_said_with_what_seeds_tell_apart(folder: Path, tmp_path: Path) -> None:
-    """Pooled training leads in both regimes; where the main method leads nothing is to be told apart."""
+def winners(folder: Path, level: dict[str, list[dict[str, float]]]) -> str:
+    [regime] = compared(read_study(written(folder, level))).regimes
+    return regime.winners
+
+
+def test_whoever_leads_is_said_to_be_clear_only_of_whom_seeds_tell_it_apart(folder: Path, tmp_path: Path) -> None:
     for regime in compared(read_study(folder)).regimes:
-        assert regime.winners.startswith("Best means. Zero-shot AUROC: centralised (")
-        assert regime.winners.count("clear of fedmix") == len(MEASURES.keys() - ATTACKS)  # attacked in no run here
-    alone = [{"fedmix": 0.6, "paired_only": 0.3}, {"fedmix": 0.62, "paired_only": 0.28}]
-    [regime] = compared(read_study(written(tmp_path / "alone", {"scarce": alone}))).regimes
-    assert regime.winners.count(": fedmix (") == len(MEASURES.keys() - ATTACKS)
-    assert "clear of" not in regime.winners
+        assert "Zero-shot AUROC: centralised (" in regime.winners
+        assert regime.winners.count(", clear of all others)") == len(MEASURES.keys() - ATTACKS)  # attacked in no run here
+    wide = [{"fedmix": 0.6, "paired_only": 0.5}, {"fedmix": 0.62, "paired_only": 0.61}]
+    for leader, other in (("fedmix", "paired_only"), ("paired_only", "fedmix")):
+        swapped = [{leader: seed["fedmix"], other: seed["paired_only"]} for seed in wide]
+        text = winners(tmp_path / leader, {"scarce": swapped})
+        assert f"PSNR: {leader} (".replace("_", " ") in text
+        assert text.count(f", not clear of {other})".replace("_", " ")) == len(MEASURES.keys() - ATTACKS)
+
+
+def test_one_seed_tells_nothing_apart(tmp_path: Path) -> None:
+    text = winners(tmp_path / "study", {"scarce": [{"fedmix": 0.6, "paired_only": 0.3}]})
+    assert text.startswith("Best numbers, of one seed, which tells nothing apart.")
+    assert "clear of" not in text
+
+
+def test_methods_whose_means_read_alike_share_the_lead(tmp_path: Path) -> None:
+    level = [{"fedmix": 0.6, "paired_only": 0.6, "centralised": 0.1}] * 2
+    text = winners(tmp_path / "study", {"scarce": level})
+    assert "PSNR: fedmix and paired only alike (19.04, clear of all others)" in text
+
+
+def test_many_methods_that_the_leader_is_not_clear_of_are_counted(tmp_path: Path) -> None:
+    others = {f"method_{number}": 0.5 - number / 100 for number in range(6)}
+    level = [{"fedmix": 0.7} | others, {"fedmix": 0.4} | others]
+    text = winners(tmp_path / "study", {"scarce": level})
+    assert "fedmix (18.62, not clear of method 0, method 1, method 2 and 3 more)" in text
 
 
 def test_costs_and_gaps_are_told_and_an_untrained_model_costs_nothing(folder: Path) -> None:
