@@ -78,5 +78,6 @@ def _cell(study: Study, honest: str, regime: str, method: str, name: str, notes:
     change = study.change(honest, regime, method, name)
     worse = change is not None and change.is_clear and (change.mean < 0) == (measure.better == "higher")
     interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
-    setting = "" if one.num_seeds == len(seeds) else f"{one.num_seeds} of {len(seeds)} seeds"
+    whole = all(len(study.seeds) == study.num_seeds(regime, other) for other in study.methods)
+    setting = "" if whole else f"{one.num_seeds} of {len(seeds)} seeds"  # of all rows: a column that shares it says it once
     return Cell(measure.show(one.mean), interval, setting, is_best=worse, score=Score(one.mean, one.interval))

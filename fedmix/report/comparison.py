@@ -54,6 +54,7 @@ class RegimeTables:
 
     name: str
     num_seeds: str
+    basis: str
     winners: str
     means: Grid
     differences: Grid
@@ -108,6 +109,7 @@ def tables(study: Study, regime: str) -> RegimeTables:
     return RegimeTables(
         name=regime,
         num_seeds=f"{done} of {quantities.plural(len(study.seeds), 'seed')} complete",
+        basis=_basis(study, regime, methods),
         winners=_winners(study, regime, methods),
         means=_means(study, regime, methods),
         differences=_differences(study, regime, others),
@@ -125,7 +127,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
         for table in one.attacks:
             parts += [f"## {table.title}", f"{table.about[0].upper()}{table.about[1:]}.", _as_markdown(table.grid)]
         for regime in one.regimes:
-            parts += [f"## {regime.name} ({regime.num_seeds})", regime.winners, _as_markdown(regime.means)]
+            parts += [f"## {regime.name} ({regime.num_seeds})", regime.basis, regime.winners, _as_markdown(regime.means)]
             parts += [f"{method_name(MAIN)} less each method:", _as_markdown(regime.differences)]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [gap_sentence(gap) for gap in regime.gaps]
@@ -154,18 +156,39 @@ def _has_any(study: Study, regime: str) -> bool:
     return any(cell.regime == regime and cell.methods for cell in study.cells)
 
 
+def _basis(study: Study, regime: str, methods: Sequence[str]) -> str:
+    """Over how many seeds the means are; where methods differ or seeds are wanting, every number says it."""
+    if _is_whole(study, regime, methods):
+        return f"Means over {quantities.plural(len(study.seeds), 'seed')}." if len(study.seeds) > 1 else "Numbers of one seed."
+    return "Not every method has all seeds yet: a number of fewer than two has no interval, and nothing is clear of it."
+
+
+def _is_whole(study: Study, regime: str, methods: Sequence[str]) -> bool:
+    found = (study.estimate(regime, method, name) for method in methods for name in MEASURES)
+    return all(one.num_seeds == len(study.seeds) for one in found if one)
+
+
+def _all_seeds(study: Study, regime: str, methods: Sequence[str]) -> int | None:
+    """How many seeds the study has, for numbers to say of how many of them they are; None where all are of all."""
+    return None if _is_whole(study, regime, methods) else len(study.seeds)
+
+
+def _of_seeds(one: Estimate, seeds: int | None) -> str:
+    return "" if seeds is None else f"{one.num_seeds} of {quantities.plural(seeds, 'seed')}"
+
+
 def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
     columns = _columns(study, regime)
     found = {(method, name): study.estimate(regime, method, name) for method in methods for name in columns}
     ranked = {name: measure for name, measure in columns.items() if name not in UNRANKED}
     best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in ranked.items()}
-    most = max((one.num_seeds for one in found.values() if one), default=0)
+    seeds = _all_seeds(study, regime, methods)
     rows = [
         Row(
             method_name(method),
             ABOUT_METHOD.get(method, "one site for itself" if method.startswith("site_") else ""),
             "main" if method == MAIN else "baseline",
-            tuple(_mean_cell(measure, found[method, name], best.get(name, ""), most) for name, measure in columns.items()),
+            tuple(_mean_cell(measure, found[method, name], best.get(name, ""), seeds) for name, measure in columns.items()),
         )
         for method in methods
     ]
@@ -173,16 +196,12 @@ def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
 
 
 def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
-    columns = _columns(study, regime)
-    rows = [
-        Row(
-            method_name(method),
-            "",
-            "baseline",
-            tuple(_difference_cell(measure, study.difference(regime, method, name)) for name, measure in columns.items()),
-        )
-        for method in methods
-    ]
+    columns, seeds = _columns(study, regime), _all_seeds(study, regime, [MAIN, *methods])
+    rows = []
+    for method in methods:
+        found = [(measure, study.difference(regime, method, name)) for name, measure in columns.items()]
+        cells = tuple(_difference_cell(measure, one, seeds) for measure, one in found)
+        rows.append(Row(method_name(method), "", "baseline", cells))
     return Grid(tuple(columns.values()), tuple(rows), _notes(rows))
 
 
@@ -237,21 +256,22 @@ def _best(measure: Measure, estimates: Sequence[Estimate | None]) -> str:
     return measure.show(max(means) if measure.better == "higher" else min(means)) if len(means) > 1 else ""
 
 
-def _mean_cell(measure: Measure, one: Estimate | None, best: str, most: int) -> Cell:
+def _mean_cell(measure: Measure, one: Estimate | None, best: str, seeds: int | None) -> Cell:
     if one is None:
         return Cell(quantities.DASH, note=1)
     text = measure.show(one.mean)
     interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
-    setting = "" if one.num_seeds == most else quantities.plural(one.num_seeds, "seed")
-    return Cell(text, interval, setting, is_best=text == best, score=Score(one.mean, one.interval))
+    return Cell(text, interval, _of_seeds(one, seeds), is_best=text == best, score=Score(one.mean, one.interval))
 
 
-def _difference_cell(measure: Measure, one: Estimate | None) -> Cell:
+def _difference_cell(measure: Measure, one: Estimate | None, seeds: int | None) -> Cell:
     """A difference; ``is_best`` marks those whose interval leaves zero out."""
     if one is None:
         return Cell(quantities.DASH, note=1)
     interval = " to ".join(signed(measure, bound) for bound in one.interval) if one.interval else ""
-    return Cell(signed(measure, one.mean), interval, is_best=one.is_clear, score=Score(one.mean, one.interval))
+    return Cell(
+        signed(measure, one.mean), interval, _of_seeds(one, seeds), is_best=one.is_clear, score=Score(one.mean, one.interval)
+    )
 
 
 def signed(measure: Measure, value: float) -> str:

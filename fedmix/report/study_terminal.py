@@ -28,6 +28,7 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
         yield from _split(attack.grid, "", width)
     for regime in one.regimes:
         yield Text.assemble("\n", (printable(regime.name), "bold"), (f"  {regime.num_seeds}", "dim"))
+        yield Text(regime.basis, style="dim")
         if regime.winners:
             yield Text(regime.winners, style="dim")
         yield from _split(regime.means, "mean", width)

@@ -169,6 +169,26 @@ def test_a_study_of_which_nothing_is_there_yet_is_a_page_too(tmp_path: Path) -> 
     assert "No method has been evaluated yet." in write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
 
 
+def test_where_seeds_are_wanting_every_number_says_of_how_many_it_is(tmp_path: Path) -> None:
+    whole, torn = LEVELS["plentiful"][0], {"fedmix": 0.8, "centralised": 0.9}
+    folder = written(tmp_path / "study", {"plentiful": [whole, torn]})
+    [regime] = compared(read_study(folder)).regimes
+    assert regime.basis.startswith("Not every method has all seeds yet")
+    told = {row.name: {cell.setting for cell in row.cells if cell and not cell.note} for row in regime.means.rows}
+    assert (told["fedmix"], told["paired only"]) == ({"2 of 3 seeds"}, {"1 of 3 seeds"})
+    less = {row.name: row.cells[0] for row in regime.differences.rows}
+    assert less["paired only"] is not None
+    assert (less["paired only"].setting, less["paired only"].is_best) == ("1 of 3 seeds", False)
+    pages = [write_study(tmp_path / f"page.{kind}", [read_study(folder)]).read_text() for kind in ("md", "html")]
+    for page in (screen(folder, 140), *pages):
+        assert "1 of 3" in page
+        assert "2 of 3" in page
+        assert regime.basis in " ".join(page.split())
+    [whole_regime, _] = compared(read_study(written(tmp_path / "whole"))).regimes
+    assert whole_regime.basis == "Means over 3 seeds."
+    assert not any(cell.setting for row in whole_regime.means.rows for cell in row.cells if cell)
+
+
 # ---- drawings and pages
 
 
