@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedmix.report import charts, markdown, measures, quantities, study_value
 from fedmix.report.attacked import AttackTable, attack_tables, failures
 from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study
+from fedmix.report.study import ALONE, ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
@@ -186,7 +186,7 @@ def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
     rows = [
         Row(
             method_name(method),
-            ABOUT_METHOD.get(method, "one site for itself" if method.startswith("site_") else ""),
+            ABOUT_METHOD.get(method, "one site for itself" if method.startswith(ALONE) else ""),
             "main" if method == MAIN else "baseline",
             tuple(_mean_cell(measure, found[method, name], best.get(name, ""), seeds) for name, measure in columns.items()),
         )

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from fedmix.report.summary import Site
 SCHEMA = 1
 MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")
 COSTS = "costs.json"
+ALONE = "site_"  # begins the name of a method that is one site by itself
 SLOWING = {"precision", "device", "micro_batch", "checkpoint_activations"}  # keys of federation that a step's time depends on
 State = Literal["completed", "failed", "unfinished"]
 Mark = tuple[str, str]  # a trigger, and the finding that it is to pass for
@@ -325,7 +326,9 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
     methods = {}
     for name, branch in branches.items():
         run = folder if name == MAIN else folder / "baselines" / branch.get("site", name)
-        methods[name] = Result(_scores(branch["evaluation"], marks), _cost(run, step_costs), branch.get("site"))
+        cost = _cost(run, step_costs)
+        cost = replace(cost, bytes_up=0) if name == BEST_SITE or name.startswith(ALONE) else cost  # nothing leaves it
+        methods[name] = Result(_scores(branch["evaluation"], marks), cost, branch.get("site"))
     sites = tuple(Site.model_validate(site) for site in report["sites"]) if state == "completed" else ()
     return Cell(regime, seed, state, said.get("cause"), methods, sites)
 

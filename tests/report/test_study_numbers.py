@@ -84,6 +84,7 @@ def test_costs_are_counted_from_what_each_run_recorded(folder: Path) -> None:
     assert alone is not None
     assert alone == best, "the best site cost what that site cost"
     assert alone.core_s == pytest.approx(4.0)
+    assert alone.bytes_up == 0, "nothing leaves a site that trains for itself"
     assert pooled is not None
     assert (pooled.steps, pooled.core_s, pooled.bytes_up) == (8, 9.0, 0)
 
