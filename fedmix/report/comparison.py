@@ -17,6 +17,7 @@ from fedmix.report.study import ALONE, ATTACKS, MAIN, MEASURES, POOLED, Cost, Es
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
 UNRANKED = ("membership_auc",)  # .482 is as much a guess as .5, so the lowest is no best
+RAISED = "\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"  # numbers of the reasons why core seconds are missing
 NAMED = 3  # methods that a sentence names before it counts the rest
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
 ABOUT_INTERVALS = (
@@ -59,6 +60,7 @@ class RegimeTables:
     means: Grid
     differences: Grid
     costs: tuple[CostRow, ...]
+    cost_notes: tuple[str, ...]
     gaps: tuple[Gap, ...]
     values: tuple[study_value.Row, ...]
 
@@ -105,6 +107,8 @@ def tables(study: Study, regime: str) -> RegimeTables:
     """The tables of one regime."""
     methods = [method for method in study.methods if any(study.estimate(regime, method, measure) for measure in MEASURES)]
     others = [method for method in methods if method != MAIN]
+    costs = {method: study.cost(regime, method) or Cost() for method in methods if method not in UNTRAINED}
+    missing = tuple(dict.fromkeys(cost.why for cost in costs.values() if cost.why))
     done = sum(cell.regime == regime and cell.state == "completed" for cell in study.cells)
     return RegimeTables(
         name=regime,
@@ -113,7 +117,8 @@ def tables(study: Study, regime: str) -> RegimeTables:
         winners=_winners(study, regime, methods),
         means=_means(study, regime, methods),
         differences=_differences(study, regime, others),
-        costs=tuple(_cost_row(method, study.cost(regime, method)) for method in methods if method not in UNTRAINED),
+        costs=tuple(_cost_row(method, cost, missing) for method, cost in costs.items()),
+        cost_notes=tuple(f"{RAISED[number]} Core seconds: {why}." for number, why in enumerate(missing)),
         gaps=tuple(_gap(study, regime, pooled) for pooled in POOLED if pooled in methods),
         values=study_value.rows(study, regime),
     )
@@ -130,6 +135,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             parts += [f"## {regime.name} ({regime.num_seeds})", regime.basis, regime.winners, _as_markdown(regime.means)]
             parts += [f"{method_name(MAIN)} less each method:", _as_markdown(regime.differences)]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
+            parts += [*regime.cost_notes]
             parts += [gap_sentence(gap) for gap in regime.gaps]
             if regime.values:
                 parts += [
@@ -282,10 +288,11 @@ def signed(measure: Measure, value: float) -> str:
     return ("+" if value > 0 else "\N{MINUS SIGN}") + text
 
 
-def _cost_row(method: str, cost: Cost | None) -> CostRow:
-    cost = cost or Cost()
+def _cost_row(method: str, cost: Cost, missing: Sequence[str]) -> CostRow:
+    """A method's costs; core seconds that nobody measured point to the reason."""
     examples = [quantities.count(cost.examples.get(stream, 0)) for stream in ("image", "text", "paired")]
-    texts = (quantities.count(cost.steps), *examples, _core_seconds(cost.core_s), quantities.size(cost.bytes_up))
+    core_s = _core_seconds(cost.core_s) + (RAISED[missing.index(cost.why)] if cost.why else "")
+    texts = (quantities.count(cost.steps), *examples, core_s, quantities.size(cost.bytes_up))
     return CostRow(method_name(method), "main" if method == MAIN else "baseline", texts)
 
 

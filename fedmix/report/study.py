@@ -32,6 +32,8 @@ MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_st
 COSTS = "costs.json"
 ALONE = "site_"  # begins the name of a method that is one site by itself
 SLOWING = {"precision", "device", "micro_batch", "checkpoint_activations"}  # keys of federation that a step's time depends on
+UNMEASURED = "not measured with this version of fedmix; `fedmix simulate CONFIG --out FOLDER --resume` measures it"
+NOT_PLAIN = "not measured: a step with noise or with adapters takes other times than the plain step that is measured"
 State = Literal["completed", "failed", "unfinished"]
 Mark = tuple[str, str]  # a trigger, and the finding that it is to pass for
 
@@ -76,12 +78,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's training took: optimiser steps of all sites, studies by stream, CPU seconds, bytes sent."""
+    """What a method's training took: steps of all sites, studies by stream, CPU seconds (None: ``why``), bytes sent."""
 
     steps: int = 0
     examples: Mapping[str, int] = field(default_factory=dict)
     core_s: float | None = None
     bytes_up: int | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -368,8 +371,8 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
     experiment = config.load(run / "config.yaml")
     stages = {stage.name: stage for stage in experiment.stages}
     streams = {site.name: site.stream for site in experiment.data.sites}
-    if experiment.privacy.mode == "dp" or experiment.privacy.trainable != "all":
-        step_costs = {}  # what was measured is a plain step of the whole model
+    is_plain = experiment.privacy.mode != "dp" and experiment.privacy.trainable == "all"
+    step_costs = step_costs if is_plain else {}
     steps, bytes_up, examples, core_s = 0, 0, dict[str, int](), 0.0
     for row in _site_rows(run / "metrics.jsonl"):
         stage = stages[row["stage"]]
@@ -378,7 +381,9 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
         bytes_up += int(row["values"].get("comm/bytes_up", 0))
         for stream in ("image", "text", "paired"):
             examples[stream] = examples.get(stream, 0) + int(row["values"].get(f"data/{stream}", 0))
-    return Cost(steps, examples, core_s if math.isfinite(core_s) else None, bytes_up)
+    if math.isfinite(core_s):
+        return Cost(steps, examples, core_s, bytes_up)
+    return Cost(steps, examples, None, bytes_up, UNMEASURED if is_plain else NOT_PLAIN)
 
 
 def _site_rows(path: Path) -> list[dict[str, Any]]:

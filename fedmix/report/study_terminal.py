@@ -35,6 +35,7 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
         if regime.differences.rows:
             yield from _split(regime.differences, "fedmix less", width)
         yield _cost_table(regime.costs)
+        yield from (Text(note, style="dim") for note in regime.cost_notes)
         yield from (Text(gap_sentence(gap), style="dim") for gap in regime.gaps)
         if regime.values:
             yield _value_table(regime.values)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from synthetic_study import LEVELS
 from synthetic_study import write_study as written
@@ -16,6 +17,7 @@ from synthetic_study import write_study as written
 from fedmix.report import charts, comparison
 from fedmix.report.comparison import compared, signed
 from fedmix.report.html import write_study
+from fedmix.report.quantities import DASH
 from fedmix.report.study import ATTACKS, MEASURES, read_study
 from fedmix.report.study_terminal import study_tables
 
@@ -129,6 +131,24 @@ def test_costs_and_gaps_are_told_and_an_untrained_model_costs_nothing(folder: Pa
     [gap] = plentiful.gaps
     assert ("PSNR", "75 %") in gap.texts
     assert "Recovered gap from the best site to centralised: " in comparison.gap_sentence(gap)
+
+
+def test_core_seconds_that_nobody_measured_say_why(folder: Path, tmp_path: Path) -> None:
+    assert compared(read_study(folder)).regimes[0].cost_notes == ()
+    (folder / "costs.json").unlink()
+    place = folder / "plentiful/seed-1/baselines/paired_only/config.yaml"
+    values = yaml.safe_load(place.read_text())
+    for stage in values["stages"]:
+        stage.pop("objectives", None)
+    place.write_text(yaml.safe_dump(values | {"privacy": {"mode": "dp", "noise_multiplier": 1.0}}))
+    regime = compared(read_study(folder)).regimes[0]
+    core = {row.name: row.texts[comparison.COSTS.index("Core seconds")] for row in regime.costs}
+    assert (core["fedmix"], core["paired only"], core["centralised"]) == (f"{DASH}¹", f"{DASH}²", "9.0")
+    pages = [write_study(tmp_path / f"page.{kind}", [read_study(folder)]).read_text() for kind in ("md", "html")]
+    for page in (screen(folder, 80), *pages):
+        words = " ".join(page.split())
+        assert "¹ Core seconds: not measured with this version" in words
+        assert "² Core seconds: not measured: a step with noise" in words
 
 
 def test_no_gap_is_said_in_words(tmp_path: Path) -> None:
