@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from fedmix.report import charts, markdown, measures, quantities, study_value
 from fedmix.report.attacked import AttackTable, attack_tables, failures
-from fedmix.report.measures import ABOUT_METHOD, Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import ALONE, ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study
+from fedmix.report.measures import Cell, Grid, Measure, Row, Score, method_name
+from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
@@ -80,6 +80,7 @@ class Comparison:
 
     name: str
     standing: str
+    judged_on: str
     failures: tuple[str, ...]
     attacks: tuple[AttackTable, ...]
     figures: tuple[Figure, ...]
@@ -95,6 +96,7 @@ def compared(study: Study) -> Comparison:
     return Comparison(
         name=study.name,
         standing=study.standing,
+        judged_on=study.judged_on,
         failures=failures(study),
         attacks=attack_tables(study),
         figures=tuple(figures),
@@ -128,7 +130,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     """Everything but the drawings, as GitHub Markdown."""
     parts: list[str] = []
     for one in comparisons:
-        parts += [f"# {one.name}", one.standing, *map(markdown.text, one.failures)]
+        parts += [f"# {one.name}", " ".join(filter(None, (one.standing, one.judged_on))), *map(markdown.text, one.failures)]
         for table in one.attacks:
             parts += [f"## {table.title}", f"{table.about[0].upper()}{table.about[1:]}.", _as_markdown(table.grid)]
         for regime in one.regimes:
@@ -192,7 +194,7 @@ def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
     rows = [
         Row(
             method_name(method),
-            ABOUT_METHOD.get(method, "one site for itself" if method.startswith(ALONE) else ""),
+            about_method(method),
             "main" if method == MAIN else "baseline",
             tuple(_mean_cell(measure, found[method, name], best.get(name, ""), seeds) for name, measure in columns.items()),
         )

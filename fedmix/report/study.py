@@ -48,6 +48,12 @@ MEASURES: dict[str, Measure] = {  # names in study.json
     "membership_auc": measures.MEMBERSHIP,
     "planted_mark": measures.PLANTED,
 }
+ABOUT = measures.ABOUT_METHOD | {
+    MAIN: "the method of this study",
+    "median": "each number's median over the sites",
+    "trimmed_mean": "each number's mean without its extremes",
+    "unguarded_mean": "the plain mean: nothing clipped or refused",
+}
 PLANTED = "planted_mark"
 ATTACKS = ("membership_auc", PLANTED)  # what a model gives away, what was slipped into it; most studies attack none
 
@@ -106,6 +112,7 @@ class Cell:
     cause: str | None
     methods: Mapping[str, Result]
     sites: tuple[Site, ...] = ()  # of a completed cell
+    judged_on: str = ""  # sample sizes of its evaluation
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,16 @@ class Study:
     def standing(self) -> str:
         """How far it is, as a sentence."""
         regimes, seeds = quantities.plural(len(self.regimes), "regime"), quantities.plural(len(self.seeds), "seed")
-        text = f"{self.num_done} of {len(self.cells)} cells ({regimes}, {seeds}) are complete"
         failed = sum(cell.state == "failed" for cell in self.cells)
-        return f"{text}, {failed} failed." if failed else f"{text}."
+        text = (
+            f"{self.num_done} of {quantities.plural(len(self.cells), 'run')} complete{f', {failed} failed' if failed else ''}"
+        )
+        return f"{text}: {regimes}, {seeds}{' each' if len(self.regimes) > 1 else ''}."
+
+    @property
+    def judged_on(self) -> str:
+        """On how many held-out studies, as a sentence; runs that differ in it are told one after the other."""
+        return " Other runs: ".join(dict.fromkeys(cell.judged_on for cell in self.cells if cell.judged_on))
 
     def estimate(self, regime: str, method: str, measure: str) -> Estimate | None:
         """A method's number over the seeds that have it; None if none has."""
@@ -182,6 +196,11 @@ def estimate(by_seed: Mapping[int, float]) -> Estimate | None:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     return Estimate(mean, (mean - half, mean + half), dict(by_seed))
+
+
+def about_method(name: str) -> str:
+    """What a method is, for readers of a study who do not know its name."""
+    return ABOUT.get(name, "one site for itself" if name.startswith(ALONE) else "")
 
 
 def is_study(folder: Path) -> bool:
@@ -333,7 +352,23 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
         cost = replace(cost, bytes_up=0) if name == BEST_SITE or name.startswith(ALONE) else cost  # nothing leaves it
         methods[name] = Result(_scores(branch["evaluation"], marks), cost, branch.get("site"))
     sites = tuple(Site.model_validate(site) for site in report["sites"]) if state == "completed" else ()
-    return Cell(regime, seed, state, said.get("cause"), methods, sites)
+    judged_on = next((_judged_on(Evaluation.model_validate(branch["evaluation"])) for branch in branches.values()), "")
+    return Cell(regime, seed, state, said.get("cause"), methods, sites, judged_on)
+
+
+def _judged_on(evaluation: Evaluation) -> str:
+    """The sample sizes of an evaluation that it tells."""
+    classified, found = evaluation.classification, evaluation.retrieval and evaluation.retrieval.image_to_text
+    read = classified and (classified.zero_shot or classified.linear_probe)
+    parts = []
+    if read and read.num_test:
+        parts.append(f"findings in {quantities.plural(read.num_test, 'held-out test study', 'held-out test studies')}")
+    if found and found.gallery:
+        chance = quantities.percent(measures.chance_at_10(found))
+        parts.append(f"R@10 among {found.gallery:,} candidates, where guessing gives {chance}")
+    if classified and classified.few_label_probe and classified.few_label_probe.num_train:
+        parts.append(f"few labels are {classified.few_label_probe.num_train:,} labelled studies")
+    return f"Judged on: {'; '.join(parts)}." if parts else ""
 
 
 def _branches(report: Mapping[str, Any]) -> dict[str, Any]:

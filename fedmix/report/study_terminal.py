@@ -22,6 +22,8 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
     side; a value's interval is in the line below it.
     """
     yield Text.assemble((printable(one.name), "bold"), f"  {one.standing}")
+    if one.judged_on:
+        yield Text(one.judged_on, style="dim")
     yield from (Text(printable(failure), style="red") for failure in one.failures)
     for attack in one.attacks:
         yield Text.assemble("\n", (attack.title, "bold"), (f"  {attack.about}", "dim"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from synthetic_run import evaluation
 from synthetic_study import LEVELS
 from synthetic_study import write_study as written
 
@@ -162,7 +163,7 @@ def test_no_gap_is_said_in_words(tmp_path: Path) -> None:
 def test_the_terminal_shows_every_number_at_any_width(folder: Path, width: int) -> None:
     text = screen(folder, width)
     assert max(map(len, text.splitlines())) <= width
-    assert "6 of 6 cells" in text
+    assert "6 of 6 runs" in text
     for one in compared(read_study(folder)).regimes:
         for grid in (one.means, one.differences):
             for row in grid.rows:
@@ -174,7 +175,7 @@ def test_the_terminal_shows_every_number_at_any_width(folder: Path, width: int) 
 
 def test_an_unfinished_study_says_so_everywhere(tmp_path: Path) -> None:
     folder = written(tmp_path / "study", {"plentiful": LEVELS["plentiful"][:1]})
-    told = "1 of 6 cells (2 regimes, 3 seeds) are complete."
+    told = "1 of 6 runs complete: 2 regimes, 3 seeds each."
     assert told in screen(folder, 80)
     found = compared(read_study(folder))
     assert [regime.name for regime in found.regimes] == ["plentiful"]
@@ -185,7 +186,7 @@ def test_an_unfinished_study_says_so_everywhere(tmp_path: Path) -> None:
 
 def test_a_study_of_which_nothing_is_there_yet_is_a_page_too(tmp_path: Path) -> None:
     folder = written(tmp_path / "study", {})
-    assert "0 of 6 cells" in screen(folder, 80)
+    assert "0 of 6 runs" in screen(folder, 80)
     assert "No method has been evaluated yet." in write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
 
 
@@ -273,6 +274,24 @@ def test_the_page_is_whole_self_contained_and_holds_every_method_and_regime(fold
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     assert text.count("<figure>") == 2 * len(MEASURES.keys() - ATTACKS), "nobody was attacked"
     assert "default-src 'none'" in text
+
+
+def test_the_page_says_which_study_it_is_of_and_how_many_studies_it_rests_on(folder: Path, tmp_path: Path) -> None:
+    study = read_study(folder)
+    found = evaluation(0.5)
+    num_test, gallery = found["classification"]["zero_shot"]["num_test"], found["retrieval"]["image_to_text"]["gallery"]
+    text = write_study(tmp_path / "page.html", [study]).read_text()
+    assert "<title>pairs: " in text
+    assert ">pairs</h1>" in text
+    assert "the method of this run" not in text
+    for regime in ("plentiful", "scarce"):
+        [number] = re.findall(rf'<a href="#([\w-]+)">{regime}</a>', text)
+        assert f'<h2 id="{number}">{regime}</h2>' in text
+    table = write_study(tmp_path / "page.md", [study]).read_text()
+    for page in (text.replace("\N{NO-BREAK SPACE}", " "), table, screen(folder, 200)):
+        assert f"findings in {num_test:,} held-out test studies" in page
+        assert f"R@10 among {gallery:,} candidates, where guessing gives" in page
+    assert study.judged_on.count("Judged on") == 1, "all runs alike"
 
 
 def test_names_cannot_become_markup(tmp_path: Path) -> None:
