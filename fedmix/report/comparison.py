@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedmix.report import charts, markdown, measures, quantities, study_value
 from fedmix.report.attacked import AttackTable, attack_tables, failures
 from fedmix.report.measures import Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import ATTACKS, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method
+from fedmix.report.study import ATTACKS, BEST_SITE, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method
 
 ABSENT = "this method has not learnt it, or no seed has it yet"
 UNTRAINED = ("random_init", "public_init")
@@ -46,6 +46,7 @@ class Gap:
 
     towards: str
     texts: tuple[tuple[str, str], ...]
+    unclear: tuple[str, ...]
     undefined: tuple[str, ...]
 
 
@@ -92,7 +93,7 @@ def compared(study: Study) -> Comparison:
     """Tables and panels of a study; regimes and measures of which there is nothing yet are left out."""
     regimes = [regime for regime in study.regimes if _has_any(study, regime)]
     figures = [figure for name in MEASURES if (figure := _figure(study, regimes, name)) is not None]
-    notes = [ABOUT_INTERVALS, *([ABOUT_BEST_SITE] if "best_site" in study.methods else []), ABOUT_COSTS]
+    notes = [ABOUT_INTERVALS, *([ABOUT_BEST_SITE] if BEST_SITE in study.methods else []), ABOUT_COSTS]
     return Comparison(
         name=study.name,
         standing=study.standing,
@@ -121,7 +122,7 @@ def tables(study: Study, regime: str) -> RegimeTables:
         differences=_differences(study, regime, others),
         costs=tuple(_cost_row(method, cost, missing) for method, cost in costs.items()),
         cost_notes=tuple(f"{RAISED[number]} Core seconds: {why}." for number, why in enumerate(missing)),
-        gaps=tuple(_gap(study, regime, pooled) for pooled in POOLED if pooled in methods),
+        gaps=tuple(_gap(study, regime, pooled) for pooled in POOLED if {pooled, BEST_SITE} <= set(methods)),
         values=study_value.rows(study, regime),
     )
 
@@ -153,8 +154,12 @@ def _as_markdown(grid: Grid) -> str:
 
 
 def gap_sentence(gap: Gap) -> str:
-    """The recovered gap as a sentence; where pooling brought nothing over the best site there is no gap to recover."""
+    """The recovered gap as a sentence; where pooling brought nothing over the best site there is no gap to recover, and where
+    seeds do not tell it from nothing a share of it would be a share of noise.
+    """
     parts = [f"{title} {text}" for title, text in gap.texts]
+    if gap.unclear:
+        parts.append(f"gap too small to share out in {quantities.listing(gap.unclear)}")
     if gap.undefined:
         parts.append(f"none to recover in {quantities.listing(gap.undefined)}")
     return f"Recovered gap from the best site to {gap.towards}: {'; '.join(parts)}. Of the means, without interval."
@@ -303,10 +308,19 @@ def _core_seconds(value: float | None) -> str:
 
 
 def _gap(study: Study, regime: str, pooled: str) -> Gap:
-    utility = {name: measure for name, measure in MEASURES.items() if name not in ATTACKS}
-    found = [(measure.title, study.recovered_gap(regime, name, pooled)) for name, measure in utility.items()]
-    defined = tuple((title, f"{100 * gap:.0f} %".replace("-", "\N{MINUS SIGN}")) for title, gap in found if gap is not None)
-    return Gap(method_name(pooled), defined, tuple(title for title, gap in found if gap is None))
+    shares, unclear, undefined = [], [], []
+    for name, measure in MEASURES.items():
+        whole = study.difference(regime, BEST_SITE, name, of=pooled)
+        if name in ATTACKS or whole is None or study.estimate(regime, MAIN, name) is None:
+            continue
+        share = study.recovered_gap(regime, name, pooled)
+        if share is None:
+            undefined.append(measure.title)
+        elif not whole.is_clear:
+            unclear.append(measure.title)
+        else:
+            shares.append((measure.title, f"{100 * share:.0f} %".replace("-", "\N{MINUS SIGN}")))
+    return Gap(method_name(pooled), tuple(shares), tuple(unclear), tuple(undefined))
 
 
 def _figure(study: Study, regimes: Sequence[str], name: str) -> Figure | None:

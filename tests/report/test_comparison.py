@@ -159,6 +159,15 @@ def test_no_gap_is_said_in_words(tmp_path: Path) -> None:
     assert "none to recover in Zero-shot AUROC" in comparison.gap_sentence(gap)
 
 
+def test_of_a_gap_that_seeds_do_not_tell_from_nothing_no_share_is_given(tmp_path: Path) -> None:
+    pooled = (0.52, 0.49, 0.56)
+    level = [{"fedmix": 0.7, "best_site": 0.5, "centralised": one} for one in pooled]
+    [gap] = compared(read_study(written(tmp_path / "study", {"scarce": level}))).regimes[0].gaps
+    assert gap.texts == ()
+    assert "gap too small to share out in Zero-shot AUROC" in comparison.gap_sentence(gap)
+    assert " %" not in comparison.gap_sentence(gap)
+
+
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_terminal_shows_every_number_at_any_width(folder: Path, width: int) -> None:
     text = screen(folder, width)
