@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmix.report import charts, markdown, measures, quantities, study_value
-from fedmix.report.attacked import AttackTable, attack_tables, failures
+from fedmix.report.attacked import AttackTable, Marked, attack_tables, failures, lies
 from fedmix.report.measures import Cell, Grid, Measure, Row, Score, method_name
 from fedmix.report.study import ATTACKS, BEST_SITE, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method
 
-ABSENT = "this method has not learnt it, or no seed has it yet"
+NOT_LEARNT = "this method has not learnt it"
+NOT_TRIED = "nobody attacked this method"
+NO_PAIR = "no seed has both yet"
+SAME = "same"  # of a run that came out as the main method's in every seed
+AGAINST = "to the disadvantage of fedmix: interval leaves zero out"
+IN_FAVOUR = "in favour of fedmix: interval leaves zero out"
 UNTRAINED = ("random_init", "public_init")
 UNRANKED = ("membership_auc",)  # .482 is as much a guess as .5, so the lowest is no best
 RAISED = "\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"  # numbers of the reasons why core seconds are missing
@@ -59,6 +64,7 @@ class RegimeTables:
     basis: str
     winners: str
     means: Grid
+    about_differences: str
     differences: Grid
     costs: tuple[CostRow, ...]
     cost_notes: tuple[str, ...]
@@ -83,6 +89,7 @@ class Comparison:
     standing: str
     judged_on: str
     failures: tuple[str, ...]
+    lies: tuple[str, ...]
     attacks: tuple[AttackTable, ...]
     figures: tuple[Figure, ...]
     regimes: tuple[RegimeTables, ...]
@@ -99,6 +106,7 @@ def compared(study: Study) -> Comparison:
         standing=study.standing,
         judged_on=study.judged_on,
         failures=failures(study),
+        lies=lies(study),
         attacks=attack_tables(study),
         figures=tuple(figures),
         regimes=tuple(tables(study, regime) for regime in regimes),
@@ -114,11 +122,12 @@ def tables(study: Study, regime: str) -> RegimeTables:
     missing = tuple(dict.fromkeys(cost.why for cost in costs.values() if cost.why))
     done = sum(cell.regime == regime and cell.state == "completed" for cell in study.cells)
     return RegimeTables(
-        name=regime,
+        name=method_name(regime),
         num_seeds=f"{done} of {quantities.plural(len(study.seeds), 'seed')} complete",
         basis=_basis(study, regime, methods),
         winners=_winners(study, regime, methods),
         means=_means(study, regime, methods),
+        about_differences=_about_differences(study, regime),
         differences=_differences(study, regime, others),
         costs=tuple(_cost_row(method, cost, missing) for method, cost in costs.items()),
         cost_notes=tuple(f"{RAISED[number]} Core seconds: {why}." for number, why in enumerate(missing)),
@@ -132,11 +141,13 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     parts: list[str] = []
     for one in comparisons:
         parts += [f"# {one.name}", " ".join(filter(None, (one.standing, one.judged_on))), *map(markdown.text, one.failures)]
+        if one.attacks:
+            parts.append(markdown.items(one.lies).rstrip())
         for table in one.attacks:
             parts += [f"## {table.title}", f"{table.about[0].upper()}{table.about[1:]}.", _as_markdown(table.grid)]
         for regime in one.regimes:
             parts += [f"## {regime.name} ({regime.num_seeds})", regime.basis, regime.winners, _as_markdown(regime.means)]
-            parts += [f"{method_name(MAIN)} less each method:", _as_markdown(regime.differences)]
+            parts += [f"{method_name(MAIN)} less each method. {regime.about_differences}", _as_markdown(regime.differences)]
             parts += [markdown.table(["", *COSTS], [(row.name, *row.texts) for row in regime.costs]).rstrip()]
             parts += [*regime.cost_notes]
             parts += [gap_sentence(gap) for gap in regime.gaps]
@@ -191,37 +202,53 @@ def _of_seeds(one: Estimate, seeds: int | None) -> str:
 
 
 def _means(study: Study, regime: str, methods: Sequence[str]) -> Grid:
-    columns = _columns(study, regime)
+    columns, notes = _columns(study, regime), dict[str, int]()
     found = {(method, name): study.estimate(regime, method, name) for method in methods for name in columns}
     ranked = {name: measure for name, measure in columns.items() if name not in UNRANKED}
     best = {name: _best(measure, [found[method, name] for method in methods]) for name, measure in ranked.items()}
     seeds = _all_seeds(study, regime, methods)
-    rows = [
-        Row(
-            method_name(method),
-            about_method(method),
-            "main" if method == MAIN else "baseline",
-            tuple(_mean_cell(measure, found[method, name], best.get(name, ""), seeds) for name, measure in columns.items()),
-        )
-        for method in methods
-    ]
-    return Grid(tuple(columns.values()), tuple(rows), _notes(rows))
+    rows = []
+    for method in methods:
+        cells = []
+        for name, measure in columns.items():
+            one = found[method, name]
+            cells.append(_mean_cell(measure, one, best.get(name, ""), seeds) if one else _absent(name, notes))
+        rows.append(Row(method_name(method), about_method(method), "main" if method == MAIN else "baseline", tuple(cells)))
+    return Grid(tuple(columns.values()), tuple(rows), tuple(notes))
+
+
+def _about_differences(study: Study, regime: str) -> str:
+    lower = [measure.title for measure in _columns(study, regime).values() if measure.better == "lower"]
+    text = "Paired: taken within a seed, then averaged; percentages in points."
+    return f"{text} Lower is better in {quantities.listing(lower)}: there a negative one favours fedmix." if lower else text
 
 
 def _differences(study: Study, regime: str, methods: Sequence[str]) -> Grid:
-    columns, seeds = _columns(study, regime), _all_seeds(study, regime, [MAIN, *methods])
+    columns, notes = _columns(study, regime), dict[str, int]()
+    seeds = _all_seeds(study, regime, [MAIN, *methods])
     rows = []
     for method in methods:
-        found = [(measure, study.difference(regime, method, name)) for name, measure in columns.items()]
-        cells = tuple(_difference_cell(measure, one, seeds) for measure, one in found)
-        rows.append(Row(method_name(method), "", "baseline", cells))
-    return Grid(tuple(columns.values()), tuple(rows), _notes(rows))
+        found = {name: study.difference(regime, method, name) for name in columns}
+        is_same = not any(value for one in found.values() if one for value in one.by_seed.values())
+        cells = []
+        for name, measure in columns.items():
+            one, has_both = found[name], all(study.estimate(regime, each, name) for each in (MAIN, method))
+            cell = _difference_cell(measure, one, seeds) if one else _absent(name, notes, has_both=has_both)
+            cells.append(Cell(SAME) if one and is_same else cell)
+        rows.append(Row(method_name(method), "the same run in every seed" if is_same else "", "baseline", tuple(cells)))
+    return Grid(tuple(columns.values()), tuple(rows), tuple(notes))
+
+
+def _absent(name: str, notes: dict[str, int], *, has_both: bool = False) -> Cell:
+    """A number that is not there, with the reason that it points to."""
+    why = NO_PAIR if has_both else NOT_TRIED if name in ATTACKS else NOT_LEARNT
+    return Cell(quantities.DASH, note=notes.setdefault(why, len(notes) + 1))
 
 
 def _columns(study: Study, regime: str) -> dict[str, Measure]:
-    """The measures of a table; who never attacked its models has no column of that."""
-    attacked = {name for name in ATTACKS if any(study.estimate(regime, method, name) for method in study.methods)}
-    return {name: measure for name, measure in MEASURES.items() if name not in ATTACKS or name in attacked}
+    """The measures of a table: those that any of its methods has."""
+    found = {name for name in MEASURES if any(study.estimate(regime, method, name) for method in study.methods)}
+    return {name: measure for name, measure in MEASURES.items() if name in found}
 
 
 def _winners(study: Study, regime: str, methods: Sequence[str]) -> str:
@@ -259,32 +286,24 @@ def _some(methods: Sequence[str]) -> str:
     return quantities.listing(names)
 
 
-def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
-    return (ABSENT,) if any(cell and cell.note for row in rows for cell in row.cells) else ()
-
-
 def _best(measure: Measure, estimates: Sequence[Estimate | None]) -> str:
     """The best mean as it is shown."""
     means = [one.mean for one in estimates if one]
     return measure.show(max(means) if measure.better == "higher" else min(means)) if len(means) > 1 else ""
 
 
-def _mean_cell(measure: Measure, one: Estimate | None, best: str, seeds: int | None) -> Cell:
-    if one is None:
-        return Cell(quantities.DASH, note=1)
+def _mean_cell(measure: Measure, one: Estimate, best: str, seeds: int | None) -> Cell:
     text = measure.show(one.mean)
     interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
     return Cell(text, interval, _of_seeds(one, seeds), is_best=text == best, score=Score(one.mean, one.interval))
 
 
-def _difference_cell(measure: Measure, one: Estimate | None, seeds: int | None) -> Cell:
-    """A difference; ``is_best`` marks those whose interval leaves zero out."""
-    if one is None:
-        return Cell(quantities.DASH, note=1)
+def _difference_cell(measure: Measure, one: Estimate, seeds: int | None) -> Cell:
+    """A difference; ``is_best`` marks those whose interval leaves zero out, ``is_worse`` those of them in disfavour of ours."""
     interval = " to ".join(signed(measure, bound) for bound in one.interval) if one.interval else ""
-    return Cell(
-        signed(measure, one.mean), interval, _of_seeds(one, seeds), is_best=one.is_clear, score=Score(one.mean, one.interval)
-    )
+    is_worse = one.is_clear and (one.mean < 0) == (measure.better == "higher")
+    score = Score(one.mean, one.interval)
+    return Marked(signed(measure, one.mean), interval, _of_seeds(one, seeds), one.is_clear, score=score, is_worse=is_worse)
 
 
 def signed(measure: Measure, value: float) -> str:
@@ -331,7 +350,7 @@ def _figure(study: Study, regimes: Sequence[str], name: str) -> Figure | None:
     if not values:
         return None
     levels = charts.ticks(min(values), max(values))
-    panels = [charts.interval_panel(regime, rows, levels, measure) for regime, rows in found.items() if rows]
+    panels = [charts.interval_panel(method_name(regime), rows, levels, measure) for regime, rows in found.items() if rows]
     better = f"{measure.better} is better"
     return Figure(f"{measure.title}{f', {measure.unit}' if measure.unit else ''}", better, tuple(panels))
 

@@ -65,6 +65,8 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
             costs=comparison.COSTS,
             gap_sentence=comparison.gap_sentence,
             marked=MARKED,
+            in_favour=comparison.IN_FAVOUR,
+            against=comparison.AGAINST,
             study_value=study_value,
         )
         write_text(path, drawn)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import study_value
+from fedmix.report.attacked import Marked
 from fedmix.report.comparison import COSTS, Comparison, CostRow, gap_sentence
 from fedmix.report.measures import Cell, Grid, Measure
 from fedmix.report.terminal import printable
@@ -25,6 +26,8 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
     if one.judged_on:
         yield Text(one.judged_on, style="dim")
     yield from (Text(printable(failure), style="red") for failure in one.failures)
+    if one.attacks:
+        yield from (Text(printable(lie), style="dim") for lie in one.lies)
     for attack in one.attacks:
         yield Text.assemble("\n", (attack.title, "bold"), (f"  {attack.about}", "dim"))
         yield from _split(attack.grid, "", width)
@@ -35,6 +38,7 @@ def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
             yield Text(regime.winners, style="dim")
         yield from _split(regime.means, "mean", width)
         if regime.differences.rows:
+            yield Text(f"fedmix less each. {regime.about_differences}", style="dim")
             yield from _split(regime.differences, "fedmix less", width)
         yield _cost_table(regime.costs)
         yield from (Text(note, style="dim") for note in regime.cost_notes)
@@ -67,13 +71,17 @@ def _lines(measure: Measure, cell: Cell | None) -> Text:
     """A value, below it how far its interval reaches to either side and, where that is not all of them, how many seeds."""
     if cell is None:
         return Text()
-    text = Text(cell.text.removesuffix(" %"), style="bold" if cell.is_best else "")
+    text = Text(cell.text.removesuffix(" %"), style=_emphasis(cell))
     if cell.score.interval is not None:
         half = (cell.score.interval[1] - cell.score.interval[0]) / 2
         text.append(f"\n±{measure.show(half).removesuffix(' %')}", style="dim not bold")
     if cell.setting:
         text.append("\n" + cell.setting.replace(" seed", "\nseed"), style="dim not bold")
     return text
+
+
+def _emphasis(cell: Cell) -> str:
+    return "" if not cell.is_best else "bold red" if isinstance(cell, Marked) and cell.is_worse else "bold"
 
 
 def _value_table(rows: Sequence[study_value.Row]) -> Table:

@@ -93,6 +93,40 @@ def winners(folder: Path, level: dict[str, list[dict[str, float]]]) -> str:
     return regime.winners
 
 
+def test_wins_and_losses_of_a_difference_are_marked_apart_whichever_way_is_better(folder: Path, tmp_path: Path) -> None:
+    found = compared(read_study(folder)).regimes[1].differences
+    for name in ("psnr_db", "bits_per_token"):
+        column = found.measures.index(MEASURES[name])
+        marks = {row.name: getattr(row.cells[column], "is_worse", None) for row in found.rows}
+        assert marks == {"paired only": False, "site west": False, "best site": False, "centralised": True}
+        assert all(row.cells[column] and row.cells[column].is_best for row in found.rows)
+    text = write_study(tmp_path / "page.html", [read_study(folder)]).read_text()
+    assert '<span class="best worse">\N{MINUS SIGN}0.84' in text
+    assert "Lower is better in Bits per token: there a negative one favours fedmix." in text
+
+
+def test_a_run_that_came_out_as_ours_is_called_the_same(tmp_path: Path) -> None:
+    level = [{"fedmix": 0.6, "paired_only": 0.6}, {"fedmix": 0.5, "paired_only": 0.5}]
+    [row] = compared(read_study(written(tmp_path / "study", {"scarce": level}))).regimes[0].differences.rows
+    assert {cell.text for cell in row.cells if cell} == {"same"}
+    assert "±0" not in screen(tmp_path / "study", 80).split("fedmix less")[1]
+
+
+def test_a_dash_says_why_it_is_one_and_what_nobody_has_is_no_column(folder: Path) -> None:
+    for path in folder.glob("plentiful/seed-*/report.json"):
+        report = json.loads(path.read_text())
+        for branch in (report, *report["baselines"].values()):
+            del branch["evaluation"]["language"]
+        del report["baselines"]["paired_only"]["evaluation"]["regeneration"]
+        report["evaluation"]["membership"] = {"auc": 0.61, "auc_ci95": [0.58, 0.64]}
+        path.write_text(json.dumps(report))
+    found = compared(read_study(folder)).regimes[0].means
+    assert MEASURES["bits_per_token"] not in found.measures
+    paired = next(row for row in found.rows if row.name == "paired only")
+    reasons = [found.notes[cell.note - 1] for cell in paired.cells if cell and cell.note]
+    assert reasons == ["this method has not learnt it", "nobody attacked this method"]
+
+
 def test_whoever_leads_is_said_to_be_clear_only_of_whom_seeds_tell_it_apart(folder: Path, tmp_path: Path) -> None:
     for regime in compared(read_study(folder)).regimes:
         assert "Zero-shot AUROC: centralised (" in regime.winners
