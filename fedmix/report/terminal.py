@@ -153,14 +153,12 @@ def _remark(sentence: str) -> Text:
 
 
 def value_table(found: Sequence[site_value.Line]) -> Table:
-    """What each hospital got; what it gave is in the report."""
+    """What each hospital got; what it gave is in the sentences above."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column, title in enumerate(site_value.HEAD):
-        if title != "gave":
-            table.add_column(title, justify="right" if column > 2 else "left", overflow="fold")
+        table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")
     for line in found:
-        name, _, *rest = (Text(printable(text)) for text in line.texts)
-        table.add_row(name, *rest)
+        table.add_row(*(Text(printable(text)) for text in line.texts))
     table.caption, table.caption_justify = Text(printable(site_value.verdict(found)), style="dim"), "left"
     return table
 
