@@ -299,10 +299,9 @@ def compare(
 
     Example:  fedmix compare runs/compare --out comparison.html
     """
+    from fedmix.report.comparison import side_by_side
     from fedmix.report.html import write_comparison, write_study
-    from fedmix.report.measures import compare_table
     from fedmix.report.study import is_study, read_study
-    from fedmix.report.summary import read_report
     from fedmix.report.terminal import grid_table
 
     are_studies = [is_study(run) for run in runs]
@@ -312,9 +311,11 @@ def compare(
         _show_studies(runs)
         page = None if out is None else write_study(out, [read_study(run) for run in runs])
     else:
-        reports = [read_report(run) for run in runs]
-        out_console.print(grid_table(compare_table(reports), "run"))
-        page = None if out is None else write_comparison(out, reports)
+        found = side_by_side(runs)
+        if found.warning:
+            out_console.print(Text(found.warning, style="yellow"))
+        out_console.print(grid_table(found.grid, "run"))
+        page = None if out is None else write_comparison(out, found)
     if page is not None:
         out_console.print(Text(str(page)), soft_wrap=True)
 

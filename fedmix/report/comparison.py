@@ -6,13 +6,18 @@ one common axis. A difference is main method less the other one, so where higher
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from fedmix import config
+from fedmix.errors import ConfigError
 from fedmix.report import charts, markdown, measures, quantities, study_value
 from fedmix.report.attacked import AttackTable, Marked, attack_tables, failures, lies
 from fedmix.report.measures import Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import ATTACKS, BEST_SITE, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method
+from fedmix.report.study import ATTACKS, BEST_SITE, MAIN, MEASURES, POOLED, Cost, Estimate, Study, about_method, judged_on
+from fedmix.report.summary import Report, read_report
 
 NOT_LEARNT = "this method has not learnt it"
 NOT_TRIED = "nobody attacked this method"
@@ -25,6 +30,10 @@ UNRANKED = ("membership_auc",)  # .482 is as much a guess as .5, so the lowest i
 RAISED = "\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"  # numbers of the reasons why core seconds are missing
 NAMED = 3  # methods that a sentence names before it counts the rest
 COSTS = ("Steps of all sites", "Images", "Reports", "Pairs", "Core seconds", "Sent by sites")
+ELSEWHERE = (
+    "These runs were judged on different held-out studies or galleries: their numbers cannot be set against each other, and "
+    "none is called best."
+)
 ABOUT_INTERVALS = (
     "Intervals are 95 %, Student's t over seeds. A seed moves initial weights, batches and, of phantom sites, the draw of "
     "their data; the held-out studies are the same for all, so intervals do not cover their draw."
@@ -94,6 +103,40 @@ class Comparison:
     figures: tuple[Figure, ...]
     regimes: tuple[RegimeTables, ...]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Single runs in one table; ``warning`` says where they cannot be compared."""
+
+    grid: Grid
+    warning: str
+
+
+def side_by_side(folders: Sequence[Path]) -> SideBySide:
+    """A row for each run, under names that tell them apart; no best where they were judged on different studies.
+
+    Raises RunError for a folder that holds no completed run.
+    """
+    reports = [read_report(folder) for folder in folders]
+    grid, names = measures.compare_table(reports), [report.run.name for report in reports]
+    shown = [name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+    rows = tuple(replace(row, name=name) for row, name in zip(grid.rows, shown, strict=True))
+    if len({_judged(folder, report) for folder, report in zip(folders, reports, strict=True)}) < 2:
+        return SideBySide(replace(grid, rows=rows), "")
+    plain = tuple(replace(row, cells=tuple(cell and replace(cell, is_best=False) for cell in row.cells)) for row in rows)
+    return SideBySide(replace(grid, rows=plain), ELSEWHERE)
+
+
+def _judged(folder: Path, report: Report) -> str:
+    """What a run was judged on, as far as it tells: sample sizes, and which phantoms or shards its config names."""
+    sizes = judged_on(report.evaluation)
+    try:
+        held = config.load(folder / "config.yaml").data.held_out
+    except ConfigError:
+        return sizes
+    chosen = held.model_dump(mode="json", include={"phantom", "probe_studies"})
+    return json.dumps([sizes, chosen, [shard.name for shard in held.shards]], sort_keys=True)
 
 
 def compared(study: Study) -> Comparison:

@@ -352,11 +352,11 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
         cost = replace(cost, bytes_up=0) if name == BEST_SITE or name.startswith(ALONE) else cost  # nothing leaves it
         methods[name] = Result(_scores(branch["evaluation"], marks), cost, branch.get("site"))
     sites = tuple(Site.model_validate(site) for site in report["sites"]) if state == "completed" else ()
-    judged_on = next((_judged_on(Evaluation.model_validate(branch["evaluation"])) for branch in branches.values()), "")
-    return Cell(regime, seed, state, said.get("cause"), methods, sites, judged_on)
+    sizes = next((judged_on(Evaluation.model_validate(branch["evaluation"])) for branch in branches.values()), "")
+    return Cell(regime, seed, state, said.get("cause"), methods, sites, sizes)
 
 
-def _judged_on(evaluation: Evaluation) -> str:
+def judged_on(evaluation: Evaluation) -> str:
     """The sample sizes of an evaluation that it tells."""
     classified, found = evaluation.classification, evaluation.retrieval and evaluation.retrieval.image_to_text
     read = classified and (classified.zero_shot or classified.linear_probe)
