@@ -98,8 +98,9 @@ def simulate(
         page = run(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
     report = read_report(folder)
     out_console.print(final_table(report), *remarks(report), sep="\n")
-    ratio = report.timing.overhead_ratio
-    out_console.print(f"overhead_ratio {ratio:.3f}" if ratio is not None else "")
+    if (ratio := report.timing.overhead_ratio) is not None:
+        about = "wall time of the rounds over the time in which a site was training; 1 is none"
+        out_console.print(Text(f"overhead ratio {ratio:.3f}: {about}"), soft_wrap=True)
     out_console.print(Text(f"report: {page}"), soft_wrap=True)
 
 
@@ -326,7 +327,7 @@ def _show_studies(folders: Sequence[Path]) -> None:
     from fedmix.report.study_terminal import study_tables
 
     for folder in folders:
-        for part in study_tables(compared(read_study(folder)), out_console.width):
+        for part in study_tables(compared(read_study(folder))):
             out_console.print(part)
 
 
@@ -335,7 +336,7 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="one bench; all if left out")] = None,
     case: Annotated[str | None, typer.Option(help="one case of it; all if left out")] = None,
 ) -> None:
-    """Measure speed as ratios side by side in one run, one JSON line a case.
+    """Measure speed as ratios side by side in one run, one JSON line a case. Benches: step, federation, prepare, privacy.
 
     Example:  fedmix bench federation --case overhead
     """

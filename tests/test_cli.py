@@ -28,6 +28,7 @@ from fedmix.commands.prepare import LayoutChoice
 from fedmix.data.layouts.registry import LAYOUTS
 from server.model_folder import save_model
 from server.store import RunStore
+from simulations.bench.cases import BENCHES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -288,6 +289,11 @@ def test_phantom_draws_a_contact_sheet(run: Run, tmp_path: Path) -> None:
 def test_a_sheet_that_cannot_be_written_is_one_sentence(name: str, run: Run) -> None:
     said = sentence(run("phantom", "--preview", name, "--size", "48"))
     assert said.startswith(f"cannot write {name}")
+
+
+def test_help_names_every_bench(run: Run) -> None:
+    _, out, _ = run("bench", "--help")
+    assert f"Benches: {', '.join(BENCHES)}." in " ".join(out.split())
 
 
 def test_an_unknown_bench_is_one_sentence(run: Run) -> None:

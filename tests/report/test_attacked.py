@@ -54,7 +54,7 @@ def study(tmp_path: Path) -> Study:
 
 def screen(one: Comparison, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    for part in study_tables(one, width):
+    for part in study_tables(one):
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -152,7 +152,7 @@ def test_a_study_shows_what_each_hospital_got_on_every_page(tmp_path: Path) -> N
     found = read_study(folder)
     pages = [html.write_study(folder / f"compare.{kind}", [found]).read_text() for kind in ("html", "md")]
     file = io.StringIO()
-    Console(file=file, width=80).print(*study_tables(compared(found), 80))
+    Console(file=file, width=80).print(*study_tables(compared(found)))
     for page in (*pages, file.getvalue()):
         assert "bits per hidden token" in page
         assert "+0.100" in page
