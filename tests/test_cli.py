@@ -314,7 +314,7 @@ def test_a_study_is_compared_by_its_methods_and_never_with_a_run(run: Run, tmp_p
     code, out, err = run("compare", "study", "--out", "page.html")
     assert (code, err) == (0, "")
     assert "0 of 2 runs complete: 1 regime, 2 seeds." in out
-    assert "0 of 2 cells" in (tmp_path / "page.html").read_text()
+    assert "0 of 2 runs" in (tmp_path / "page.html").read_text()
     assert run("report", "study")[0] == 0
     assert (tmp_path / "study/compare.html").exists()
     (tmp_path / "run").mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import study_value
@@ -74,16 +73,15 @@ def _emphasis(cell: Cell) -> str:
     return "" if not cell.is_best else "bold red" if isinstance(cell, Marked) and cell.is_worse else "bold"
 
 
-def _value_table(rows: Sequence[study_value.Row]) -> Table:
+def _value_table(rows: Sequence[study_value.Row]) -> Folded:
     """What each hospital got; an interval is in the line below its value."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for column, title in enumerate(study_value.HEAD[:-1]):
-        table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")
+    found = []
     for row in rows:
-        *texts, got, interval = row.texts
+        site, measure, *texts, got, interval = row.texts
         cell = Text(got, style="bold" if row.got is not None and row.got.is_clear else "")
-        table.add_row(*(Text(printable(text)) for text in texts), cell.append(f"\n{interval}", style="dim not bold"))
-    return table
+        cell.append(f"\n{interval}", style="dim not bold")
+        found.append((Text(printable(f"{site}: {measure}")), (*(Text(printable(text)) for text in texts), cell)))
+    return Folded("hospital: measure", study_value.HEAD[2:-1], tuple(found))
 
 
 def _cost_table(rows: Sequence[CostRow]) -> Folded:

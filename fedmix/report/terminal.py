@@ -169,15 +169,13 @@ def _remark(sentence: str) -> Text:
     return Text(printable(sentence), style="dim")
 
 
-def value_table(found: Sequence[site_value.Line]) -> Table:
+def value_table(found: Sequence[site_value.Line]) -> Folded:
     """What each hospital got; what it gave is in the sentences above."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for column, title in enumerate(site_value.HEAD):
-        table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")
-    for line in found:
-        table.add_row(*(Text(printable(text)) for text in line.texts))
-    table.caption, table.caption_justify = Text(printable(site_value.verdict(found)), style="dim"), "left"
-    return table
+    rows = [
+        (Text(printable(f"{line.texts[0]}: {line.texts[1]}")), tuple(Text(printable(text)) for text in line.texts[2:]))
+        for line in found
+    ]
+    return Folded("hospital: measure", site_value.HEAD[2:], tuple(rows), (site_value.verdict(found),))
 
 
 @dataclass(frozen=True)
