@@ -230,7 +230,7 @@ def test_a_killed_study_ends_as_one_that_never_was(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "a cell outlived its study"
     partly = fedmix("compare", out)
     assert partly.returncode == 0, partly.stderr
-    assert "0 of 2 cells" in partly.stdout
+    assert "0 of 2 runs" in partly.stdout
 
     again = fedmix("simulate", path, "--out", out, "--resume")
     assert again.returncode == 0, again.stderr
