@@ -28,6 +28,7 @@ from fedmix.commands.prepare import LayoutChoice
 from fedmix.data.layouts.registry import LAYOUTS
 from server.model_folder import save_model
 from server.store import RunStore
+from simulations.bench.cases import BENCHES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -290,6 +291,11 @@ def test_a_sheet_that_cannot_be_written_is_one_sentence(name: str, run: Run) -> 
     assert said.startswith(f"cannot write {name}")
 
 
+def test_help_names_every_bench(run: Run) -> None:
+    _, out, _ = run("bench", "--help")
+    assert f"Benches: {', '.join(BENCHES)}." in " ".join(out.split())
+
+
 def test_an_unknown_bench_is_one_sentence(run: Run) -> None:
     assert "no bench 'nosuch'; there are step, federation, prepare" in sentence(run("bench", "nosuch"))
 
@@ -307,8 +313,8 @@ def test_a_study_is_compared_by_its_methods_and_never_with_a_run(run: Run, tmp_p
     (tmp_path / "study/config.yaml").write_text(yaml.safe_dump(wanted))
     code, out, err = run("compare", "study", "--out", "page.html")
     assert (code, err) == (0, "")
-    assert "0 of 2 cells (1 regime, 2 seeds) are complete." in out
-    assert "0 of 2 cells" in (tmp_path / "page.html").read_text()
+    assert "0 of 2 runs complete: 1 regime, 2 seeds." in out
+    assert "0 of 2 runs" in (tmp_path / "page.html").read_text()
     assert run("report", "study")[0] == 0
     assert (tmp_path / "study/compare.html").exists()
     (tmp_path / "run").mkdir()

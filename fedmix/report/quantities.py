@@ -22,8 +22,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def span(low: str, high: str) -> str:
-    """From one value to another; a percent sign that both have is written once."""
-    return f"{low.removesuffix(' %')}{DASH}{high}"
+    """From one value to another; a percent sign that both have is written once, a dash never stands beside a minus sign."""
+    between = " to " if low.startswith("-") or high.startswith("-") else DASH
+    return f"{low.removesuffix(' %')}{between}{high}".replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: float | None) -> str:

@@ -23,12 +23,12 @@ from fedmix.data.shard import Shard
 from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.report import html
+from fedmix.report.comparison import side_by_side
 from fedmix.report.files import read_json, write_json
 from fedmix.report.leakage import write_leakage
 from fedmix.report.live import LivePage
 from fedmix.report.preview import write_preview
 from fedmix.report.study import read_study
-from fedmix.report.summary import read_report
 
 TEMPLATES = Path(html.__file__).parent / "templates"
 STYLE = (TEMPLATES / "style.css").read_text()
@@ -102,7 +102,7 @@ def live_page(folder: Path) -> str:
 
 
 def comparison_page(folder: Path) -> str:
-    return html.write_comparison(folder / "compare.html", [read_report(folder)] * 2).read_text()
+    return html.write_comparison(folder / "compare.html", side_by_side([folder, folder])).read_text()
 
 
 def further_page(folder: Path) -> str:

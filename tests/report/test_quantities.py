@@ -31,6 +31,11 @@ def test_span_writes_a_shared_percent_sign_once() -> None:
     assert quantities.span("0.7", "0.8") == f"0.7{quantities.DASH}0.8"
 
 
+def test_span_keeps_a_dash_away_from_a_minus_sign() -> None:
+    assert quantities.span("-0.5 %", "12.3 %") == "\N{MINUS SIGN}0.5 to 12.3 %"
+    assert quantities.span("-3", "-1") == "\N{MINUS SIGN}3 to \N{MINUS SIGN}1"
+
+
 def test_listing_reads_as_a_sentence_does() -> None:
     assert [quantities.listing(parts) for parts in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
