@@ -4,7 +4,7 @@ same parts. Site names and counts are those of report.json; nothing of a site's 
 
 from __future__ import annotations
 
-from fedmix.report import learning, markdown, measures, narrative, quantities, site_value
+from fedmix.report import findings, learning, markdown, measures, narrative, quantities, site_value
 from fedmix.report.further import by_finding, further_sets
 from fedmix.report.measures import Grid
 from fedmix.report.method import STAGE_COLUMNS, Method
@@ -66,7 +66,9 @@ def results(report: Report | None) -> str:
         return "There is no evaluation: the run ended before its model was judged.\n"
     parts = [
         _table(measures.headline(report)),
-        markdown.items([*other_ways(report.evaluation), *by_finding(report.evaluation)]),
+        markdown.items(
+            [*findings.notes(report.evaluation.classification), *other_ways(report.evaluation), *by_finding(report.evaluation)]
+        ),
     ]
     for one in further_sets(report):
         parts += [f"### On {markdown.text(one.name)}\n", _table(one.grid), markdown.items(one.sentences)]

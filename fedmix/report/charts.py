@@ -23,6 +23,7 @@ MAX_POINTS = 160  # finer than the pixels of a panel
 MAX_SITE_CURVES = 60  # beyond it thin lines are a blot and the file grows
 MIN_LABEL_GAP = 12.0
 CHARACTER = 6.0  # width of a small letter; stage names are cut to their band
+NARROW, WIDE = frozenset("fijlrtI.,;:'|()[] -"), frozenset("mwMW%@")  # letters far from that width
 
 ROW_HEIGHT = 22
 BAR_LEFT, BAR_RIGHT = 128, 44
@@ -93,6 +94,7 @@ class Bar:
     """One row of a bar panel; x and width are those of the bar, ``y`` is the middle of the row."""
 
     name: str
+    size: str
     text: str
     x: float
     width: float
@@ -234,13 +236,19 @@ def strips(grid: Grid) -> tuple[Strip, ...]:
     return tuple(found)
 
 
-def bar_panel(title: str, values: Mapping[str, float], macro: float | None) -> BarPanel:
-    """Bars in the order given; labels are cut to their room."""
+def bar_panel(
+    title: str, values: Mapping[str, float], macro: float | None, positives: Mapping[str, int] | None = None
+) -> BarPanel:
+    """Bars in the order given, with the number of ``positives`` beside a name; names are cut to their room."""
+    sizes = {name: f" ({number:,})" for name, number in (positives or {}).items()}
     low = min([CHANCE, *values.values()])
     levels = ticks(math.floor(low * 10) / 10, 1.0, 5)
     across = Scale(levels[0], 1.0, BAR_LEFT, WIDTH - BAR_RIGHT)
-    bars = tuple(_bar(name, value, TOP + ROW_HEIGHT * (row + 0.5), across) for row, (name, value) in enumerate(values.items()))
-    told = "; ".join(f"{readable(name)} {quantities.decimal(value, 2)}" for name, value in values.items())
+    bars = tuple(
+        _bar((name, sizes.get(name, "")), value, TOP + ROW_HEIGHT * (row + 0.5), across)
+        for row, (name, value) in enumerate(values.items())
+    )
+    told = "; ".join(f"{bar.name}{bar.size} {bar.text}" for bar in bars)
     return BarPanel(
         title=title,
         description=f"{title} of each finding: {told}. Chance is {CHANCE}.",
@@ -268,6 +276,22 @@ def interval_panel(title: str, rows: Sequence[IntervalRow], levels: Sequence[flo
         ticks=tuple(Mark(across(level), measure.show(level).removesuffix(" %")) for level in levels),
         line=across(rows[0].mean),
     )
+
+
+def fitted(name: str, room: float, size: str = "") -> str:
+    """A name cut to so many pixels, with ``size`` behind it, which is never cut."""
+    room -= _width(size)
+    if _width(name) > room:
+        while name and _width(name) + CHARACTER > room:
+            name = name[:-1]
+        name = name.rstrip() + "…"
+    return name + size
+
+
+def _width(text: str) -> float:
+    """About as many pixels as a text takes in the panels' letters; fonts differ, so it is a little too wide."""
+    factors = (0.6 if letter in NARROW else 1.5 if letter in WIDE else 1.2 if letter.isupper() else 1.0 for letter in text)
+    return CHARACTER * sum(factors)
 
 
 def readable(label: str) -> str:
@@ -366,6 +390,6 @@ def _bands(stages: Sequence[StageSpan], across: Scale) -> tuple[Band, ...]:
     return tuple(bands)
 
 
-def _bar(name: str, value: float, middle: float, across: Scale) -> Bar:
+def _bar(named: tuple[str, str], value: float, middle: float, across: Scale) -> Bar:
     start, stop = sorted((across(CHANCE), across(value)))
-    return Bar(readable(name), quantities.decimal(value), start, stop - start, middle, is_below=value < CHANCE)
+    return Bar(readable(named[0]), named[1], quantities.decimal(value), start, stop - start, middle, is_below=value < CHANCE)

@@ -31,12 +31,20 @@ class Block(Open):
         return str(found) if found else self.reason
 
 
+class Cases(Open):
+    """Test studies with a finding, and those known to lack it."""
+
+    positive: Count
+    negative: Count
+
+
 class Classifier(Block):
-    """AUROC over findings: the mean over labels, its interval over patients, each label."""
+    """AUROC over findings: the mean over labels, its interval over patients, each label and what it rests on."""
 
     macro_auroc: Fraction | None = None
     ci95: Interval | None = None
     per_label: dict[str, Fraction | None] = {}
+    num_per_label: dict[str, Cases] = {}
     num_train: Count | None = None
     num_test: Count | None = None
 

@@ -32,7 +32,7 @@ STREAMS = ("image", "text", "paired")  # those with a colour of their own
 class Section:
     """Charts with the sentence that stands in for them when there are none."""
 
-    panels: tuple[charts.LinePanel | charts.BarPanel, ...] = ()
+    panels: tuple[charts.LinePanel, ...] = ()
     absence: str = ""
     streams: frozenset[str] = frozenset()  # that the panels draw, for the key
 

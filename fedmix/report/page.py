@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmix.errors import RunError
-from fedmix.report import charts, learning, measures, narrative, quantities, site_value
-from fedmix.report.evaluated import Classifier
+from fedmix.report import charts, findings, learning, measures, narrative, quantities, site_value
 from fedmix.report.examples import Examples, load_examples
 from fedmix.report.files import read_json
+from fedmix.report.findings import Findings
 from fedmix.report.further import FurtherSet, by_finding, further_sets
 from fedmix.report.history import read_history
 from fedmix.report.learning import Section
@@ -48,7 +48,7 @@ class Page:
     gaps: tuple[tuple[str, str], ...]
     losses: Section
     central: Section
-    findings: Section
+    findings: Findings
     readings: Readings
     other_ways: tuple[str, ...]
     reranking: tuple[str, ...]
@@ -94,7 +94,7 @@ def read_page(run_dir: Path) -> Page:
             history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})
         ),
         central=learning.central(history),
-        findings=_findings(report),
+        findings=findings.findings(report.evaluation.classification if report else None),
         readings=readings(report.evaluation.classification if report else None),
         other_ways=tuple(other_ways(report.evaluation)) if report else (),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
@@ -152,29 +152,6 @@ def _facts(run: Run, report: Report | None) -> list[tuple[str, str]]:
 def _gaps(report: Report) -> list[tuple[str, str]]:
     gaps = measures.recovered_gap(report)
     return [(measure.title, "not defined" if gap is None else f"{100 * gap:.0f} %") for measure, gap in gaps]
-
-
-def _findings(report: Report | None) -> Section:
-    """A panel for each reading of the features, findings in one order: the last reading's, best first."""
-    group = report.evaluation.classification if report else None
-    blocks = {"Zero-shot AUROC": group.zero_shot, "Linear probe AUROC": group.linear_probe} if group else {}
-    readings = [(title, _label_values(block), block.macro_auroc) for title, block in blocks.items() if block]
-    readings = [reading for reading in readings if reading[1]]
-    if not readings:
-        return Section(absence="No finding was evaluated on its own.")
-    strength = readings[-1][1]
-    order = sorted({name for _, values, _ in readings for name in values}, key=lambda name: (-strength.get(name, 0.0), name))
-    return Section(
-        tuple(
-            charts.bar_panel(title, {name: values[name] for name in order if name in values}, macro)
-            for title, values, macro in readings
-        )
-    )
-
-
-def _label_values(block: Classifier) -> dict[str, float]:
-    """AUROC of each finding that has one; findings without both classes in the test set are null and left out."""
-    return {name: value for name, value in block.per_label.items() if value is not None}
 
 
 def _examples(folder: Path) -> tuple[Examples | None, str]:
