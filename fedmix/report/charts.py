@@ -26,6 +26,7 @@ CHARACTER = 6.0  # width of a small letter; stage names are cut to their band
 NARROW, WIDE = frozenset("fijlrtI.,;:'|()[] -"), frozenset("mwMW%@")  # letters far from that width
 
 ROW_HEIGHT = 22
+UNDER_HEIGHT = 14  # more for a row with small print
 BAR_LEFT, BAR_RIGHT = 128, 44
 INTERVAL_RIGHT = 56  # room for a mean with its unit
 STRIP_HEIGHT, STRIP_MARGIN = 22, 3.0  # a strip is as wide as its tile: x in percent of that
@@ -117,13 +118,17 @@ class BarPanel:
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """One method of an interval panel: its mean, the interval around it, and the values that they come from."""
+    """One method of an interval panel: its mean, the interval around it, and the values that they come from.
+
+    ``under``: small print below its name.
+    """
 
     name: str
     kind: str
     mean: float
     interval: tuple[float, float] | None
     values: tuple[float, ...]
+    under: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ class Whisker:
     interval: tuple[float, float] | None
     is_cut: tuple[bool, bool]
     dots: tuple[float, ...]
+    under: str = ""
 
 
 @dataclass(frozen=True)
@@ -266,12 +272,13 @@ def interval_panel(title: str, rows: Sequence[IntervalRow], levels: Sequence[flo
     The axis spans the values and not the intervals: with three seeds one wide interval would press all means together.
     """
     across = Scale(levels[0], levels[-1], BAR_LEFT, WIDTH - INTERVAL_RIGHT)
-    whiskers = tuple(_whisker(row, TOP + ROW_HEIGHT * (number + 0.5), across, measure) for number, row in enumerate(rows))
+    each = ROW_HEIGHT + (UNDER_HEIGHT if any(row.under for row in rows) else 0)
+    whiskers = tuple(_whisker(row, TOP + each * number + ROW_HEIGHT / 2, across, measure) for number, row in enumerate(rows))
     told = "; ".join(f"{one.name} {one.text}" for one in whiskers)
     return IntervalPanel(
         title=title,
         description=f"{measure.title}, {title}, mean over seeds, {measure.better} is better: {told}",
-        height=TOP + ROW_HEIGHT * len(rows) + BOTTOM,
+        height=TOP + each * len(rows) + BOTTOM,
         whiskers=whiskers,
         ticks=tuple(Mark(across(level), measure.show(level).removesuffix(" %")) for level in levels),
         line=across(rows[0].mean),
@@ -332,6 +339,7 @@ def _whisker(row: IntervalRow, middle: float, across: Scale, measure: Measure) -
         interval=ends if row.interval else None,
         is_cut=(low < across.low, high > across.high),
         dots=tuple(across(value) for value in row.values) if len(row.values) > 1 else (),
+        under=row.under,
     )
 
 

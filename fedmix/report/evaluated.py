@@ -70,11 +70,13 @@ class MinedPrompts(Classifier):
 
 
 class Subgroup(Classifier):
-    """The probe on some of the test studies, and how far it is above (or below) the rest of them."""
+    """The probe on some of the test studies, and how far it is above (or below) the rest of them on findings of both."""
 
     difference: float | None = None
     difference_ci95: Interval | None = None
     num_patients: Count | None = None
+    num_labels_scored: Count | None = None
+    num_labels_compared: Count | None = None
 
 
 class Calibration(Block):
@@ -85,6 +87,8 @@ class Calibration(Block):
     brier: Fraction | None = None
     brier_ci95: Interval | None = None
     brier_of_prevalence: Fraction | None = None
+    num_labels_scored: Count | None = None
+    num_test: Count | None = None
 
 
 class Trigger(Block):

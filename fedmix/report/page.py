@@ -95,7 +95,7 @@ def read_page(run_dir: Path) -> Page:
         ),
         central=learning.central(history),
         findings=findings.findings(report.evaluation.classification if report else None),
-        readings=readings(report.evaluation.classification if report else None),
+        readings=readings(report.evaluation if report else None),
         other_ways=tuple(other_ways(report.evaluation)) if report else (),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
         by_finding=tuple(by_finding(report.evaluation)) if report else (),
