@@ -13,6 +13,7 @@ import pytest
 from synthetic_audit import SIZES, block, canaries_and_update, found
 
 from fedmix.errors import RunError
+from fedmix.report import charts
 from fedmix.report.leakage import page_of, rows, write_leakage
 
 
@@ -60,6 +61,14 @@ def test_the_page_is_one_file_that_asks_for_nothing_else_and_its_charts_are_desc
     assert len(drawings) == 3
     assert "the line at 0.5 is guessing" in drawings[0].get("aria-label", "")
     assert "seeds" not in "".join(drawing.get("aria-label", "") for drawing in drawings)
+
+
+def test_the_line_of_every_picture_is_at_guessing() -> None:
+    by_title = {panel.title: panel for panel in page_of(found(**canaries_and_update())).panels}
+    found_first = by_title["Own report found first"]
+    start, first = charts.BAR_LEFT, found_first.whiskers[0].x
+    assert found_first.line == pytest.approx(start + (first - start) * 0.005 / 0.242)
+    assert all("is guessing" in panel.description for panel in by_title.values())
 
 
 def test_a_control_that_tells_the_groups_apart_takes_the_finding_back() -> None:
