@@ -76,8 +76,9 @@ def results(report: Report | None) -> str:
 
 
 def _table(grid: Grid) -> str:
-    """A table of methods and what was measured on."""
-    sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, grid.settings, strict=True) if setting]
+    """A table of methods and what was measured on: all of them, or the first where others differ."""
+    settings = [shared or (own.setting if own else "") for shared, own in zip(grid.settings, grid.rows[0].cells, strict=True)]
+    sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, settings, strict=True) if setting]
     measured = f"\nMeasured on: {markdown.text('; '.join(sizes))}.\n" if sizes else ""
     return measures.as_markdown(grid) + measured
 

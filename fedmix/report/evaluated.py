@@ -132,6 +132,7 @@ class Ranking(Block):
     recall_10: Fraction | None = Field(default=None, alias="r@10")
     recall_10_ci95: Interval | None = Field(default=None, alias="r@10_ci95")
     gallery: Count | None = None
+    num_queries: Count | None = None
     label_precision_10: Fraction | None = Field(default=None, alias="label_precision@10")
     duplicate_aware: dict[str, Fraction] = {}
     chance: dict[str, Fraction | None] = {}
@@ -201,6 +202,7 @@ class Fidelity(Block):
     psnr_db: float | None = None
     psnr_db_ci95: Interval | None = None
     ssim: float | None = None
+    num_images: Count | None = None
 
 
 class ToldFidelity(Fidelity):
@@ -219,11 +221,13 @@ class Regeneration(Fidelity):
 
 
 class Words(Block):
-    """How well hidden words are told."""
+    """How well hidden words are told: ``num_tokens`` of them in ``num_texts`` reports."""
 
     bits_per_token: float | None = None
     ci95: Interval | None = None
     top1: Fraction | None = None
+    num_texts: Count | None = None
+    num_tokens: Count | None = None
 
 
 class SeeingWords(Words):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fedmix.report import markdown, quantities
-from fedmix.report.evaluated import Classifier, Evaluation, Fidelity, Ranking, Words
+from fedmix.report.evaluated import Classifier, Evaluation, Fidelity, Language, Ranking, Regeneration, Words
 from fedmix.report.summary import Report
 
 Kind = Literal["main", "baseline", "reference"]
@@ -126,26 +126,37 @@ def _absent(evaluation: Evaluation, place: str) -> Score:
 
 
 def _of_classifier(block: Classifier) -> Score:
-    setting = "" if block.num_test is None else f"{block.num_test:,} studies"
+    trained = f", trained on {block.num_train:,}" if block.num_train else ""
+    setting = "" if block.num_test is None else f"{block.num_test:,} studies{trained}"
     return Score(block.macro_auroc, block.ci95, setting, block.reason_for("macro_auroc"))
 
 
 def _of_ranking(block: Ranking) -> Score:
     chance = chance_at_10(block)
-    setting = "" if chance is None else f"of {block.gallery:,}; chance {quantities.percent(chance)}"
+    queries = "" if block.num_queries is None else f"{quantities.plural(block.num_queries, 'query', 'queries')}, each "
+    setting = "" if chance is None else f"{queries}of {block.gallery:,}; chance {quantities.percent(chance)}"
     return Score(block.recall_10, block.recall_10_ci95, setting, block.reason_for("r@10"))
 
 
-def _of_fidelity(block: Fidelity, mask_ratio: float | None) -> Score:
-    return Score(block.psnr_db, block.psnr_db_ci95, _hidden(mask_ratio), block.reason_for("psnr_db"))
+def _of_fidelity(block: Fidelity, whole: Regeneration) -> Score:
+    """``whole`` says on which images, for guesses too."""
+    images = "" if whole.num_images is None else quantities.plural(whole.num_images, "image")
+    return Score(block.psnr_db, block.psnr_db_ci95, _joined(images, _hidden(whole.mask_ratio)), block.reason_for("psnr_db"))
 
 
-def _of_words(block: Words, mask_ratio: float | None) -> Score:
-    return Score(block.bits_per_token, block.ci95, _hidden(mask_ratio), block.reason_for("bits_per_token"))
+def _of_words(block: Words, whole: Language) -> Score:
+    words = "" if whole.num_tokens is None else quantities.plural(whole.num_tokens, "token")
+    texts = "" if whole.num_texts is None else f" of {quantities.plural(whole.num_texts, 'report')}"
+    setting = _joined(words + texts, _hidden(whole.mask_ratio))
+    return Score(block.bits_per_token, block.ci95, setting, block.reason_for("bits_per_token"))
 
 
 def _hidden(mask_ratio: float | None) -> str:
     return "" if mask_ratio is None else f"{quantities.percent(mask_ratio, 0)} hidden"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _zero_shot(evaluation: Evaluation) -> Score:
@@ -183,12 +194,12 @@ def _text_to_image(evaluation: Evaluation) -> Score:
 
 def _psnr(evaluation: Evaluation) -> Score:
     block = evaluation.regeneration
-    return _of_fidelity(block, block.mask_ratio) if block else _absent(evaluation, "regeneration")
+    return _of_fidelity(block, block) if block else _absent(evaluation, "regeneration")
 
 
 def _bits(evaluation: Evaluation) -> Score:
     block = evaluation.language
-    return _of_words(block, block.mask_ratio) if block else _absent(evaluation, "language")
+    return _of_words(block, block) if block else _absent(evaluation, "language")
 
 
 def passing_mark(evaluation: Evaluation, trigger: str, finding: str) -> float | None:
@@ -319,10 +330,10 @@ def _references(evaluation: Evaluation) -> Iterator[_Entry]:
         yield _entry("raw_pixels", "reference", _only(LINEAR_PROBE, _of_classifier(pixels)))
     if evaluation.regeneration:
         for name, guess in evaluation.regeneration.baselines.items():
-            yield _entry(name, "reference", _only(PSNR, _of_fidelity(guess, evaluation.regeneration.mask_ratio)))
+            yield _entry(name, "reference", _only(PSNR, _of_fidelity(guess, evaluation.regeneration)))
     if evaluation.language:
         for name, words in evaluation.language.baselines.items():
-            yield _entry(name, "reference", _only(BITS, _of_words(words, evaluation.language.mask_ratio)))
+            yield _entry(name, "reference", _only(BITS, _of_words(words, evaluation.language)))
 
 
 def _only(position: int, score: Score) -> list[Score | None]:

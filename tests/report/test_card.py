@@ -49,6 +49,13 @@ def test_the_card_says_what_the_model_is_for_and_what_not(run_dir: Path) -> None
     assert "Not a medical device" in card
 
 
+def test_what_other_methods_were_measured_on_otherwise_is_told_of_the_first(make_run: Callable[..., Path]) -> None:
+    values = report_values()
+    values["baselines"]["random_init"]["evaluation"]["classification"]["linear_probe"]["num_train"] = 7
+    for text in written(make_run(**values)):
+        assert "Linear probe AUROC: 1,000 studies, trained on 1,000" in text
+
+
 def test_a_failed_run_has_a_report_with_its_cause_and_no_card(run_dir: Path) -> None:
     (run_dir / "report.json").unlink()
     write_json(run_dir / "manifest.json", manifest("failed", cause="round 9: 0 of 2 replies"))

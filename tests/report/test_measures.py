@@ -85,6 +85,24 @@ def test_column_shows_gallery_and_chance_once_where_all_methods_share_them() -> 
     assert cell(grid, "random init", IMAGE_TO_TEXT).setting == "of 100; chance 10.0 %"
 
 
+def test_every_column_says_what_it_was_measured_on() -> None:
+    values = report_values(baselines={})
+    ours = values["evaluation"]
+    for direction in ours["retrieval"].values():
+        direction["num_queries"] = 1000
+    ours["regeneration"]["num_images"] = 152
+    ours["language"] |= {"num_texts": 834, "num_tokens": 5970}
+    ours["classification"]["zero_shot"]["num_train"] = 0
+    assert measures.headline(report(**values)).settings == (
+        "1,000 studies",
+        "1,000 studies, trained on 1,000",
+        "1,000 queries, each of 500; chance 2.0 %",
+        "1,000 queries, each of 500; chance 2.0 %",
+        "152 images, 75 % hidden",
+        "5,970 tokens of 834 reports, 15 % hidden",
+    )
+
+
 def test_recovered_gap_by_hand() -> None:
     baselines = {name: {"evaluation": evaluation(0.5)} for name in ("best_site", "centralised")}
     values = report_values(baselines=baselines)
