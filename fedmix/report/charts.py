@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fedmix.report import quantities
 from fedmix.report.history import Point, StageSpan, thin
@@ -30,7 +31,8 @@ UNDER_HEIGHT = 14  # more for a row with small print
 BAR_LEFT, BAR_RIGHT = 128, 44
 INTERVAL_RIGHT = 56  # room for a mean with its unit
 STRIP_HEIGHT, STRIP_MARGIN = 22, 3.0  # a strip is as wide as its tile: x in percent of that
-EARLY_END_LIFT = 9.0  # the value of a curve that ends before the run sits above it, not on those that go on
+END_GAP = 6.0  # from a curve's end to the value beside it
+MIN_SPAN = 0.05  # of the largest value: what changes less is drawn as flat as it is
 CHANCE = 0.5  # AUROC of guessing: bars start there
 
 
@@ -64,6 +66,7 @@ class Mark:
     text: str
     style: str = ""
     x: float = 0.0
+    anchor: str = "start"
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def line_panel(title: str, curves: Sequence[Curve], stages: Sequence[StageSpan],
     """A chart of curves that each have at least one point; ``rounds`` are the first and last of the whole run."""
     thinned = [(curve, thin(curve.points, MAX_POINTS)) for curve in curves]
     values = [point.value for _, points in thinned for point in points]
-    levels = ticks(min(values), max(values))
+    levels = ticks(*_wide_enough(min(values), max(values)))
     across = Scale(rounds[0], rounds[1], LEFT, WIDTH - RIGHT)
     up = Scale(levels[0], levels[-1], LINE_HEIGHT - BOTTOM, TOP)
     strokes = tuple(_stroke(curve, points, across, up) for curve, points in thinned)
@@ -226,7 +229,7 @@ def line_panel(title: str, curves: Sequence[Curve], stages: Sequence[StageSpan],
         strokes=strokes,
         x_ticks=tuple(Mark(across(number), f"{number:g}") for number in _round_ticks(*rounds)),
         y_ticks=tuple(Mark(up(level), _level_text(level, levels)) for level in levels),
-        ends=_spread([_end(last, curve.style, across, up) for last, curve in finals]),
+        ends=_ends([(last, curve.style) for last, curve in finals], strokes, across, up),
         bands=_bands(stages, across),
     )
 
@@ -370,10 +373,48 @@ def _value_text(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
+def _wide_enough(low: float, high: float) -> tuple[float, float]:
+    """A range around the values that does not make a flat curve look steep."""
+    lacking = MIN_SPAN * max(abs(low), abs(high)) - (high - low)
+    return (low - lacking / 2, high + lacking / 2) if lacking > 0 else (low, high)
+
+
+def _ends(finals: Sequence[tuple[Point, str]], strokes: Sequence[Stroke], across: Scale, up: Scale) -> tuple[Mark, ...]:
+    """The value at each curve's end: beside the panel, or for one that ends before the run, where no curve passes."""
+    last = [_end(point, style, across, up) for point, style in finals if point.round >= across.high]
+    early = [_end(point, style, across, up) for point, style in finals if point.round < across.high]
+    lines = [_places(stroke) for stroke in strokes]
+    return (*_spread(last), *(_aside(mark, lines) for mark in early))
+
+
 def _end(last: Point, style: str, across: Scale, up: Scale) -> Mark:
-    """The value at a curve's end."""
-    lift = EARLY_END_LIFT if last.round < across.high else 0.0
-    return Mark(up(last.value) - lift, _value_text(last.value), style, across(last.round))
+    return Mark(up(last.value), _value_text(last.value), style, across(last.round) + END_GAP)
+
+
+def _aside(mark: Mark, lines: Sequence[Sequence[tuple[float, float]]]) -> Mark:
+    """The mark at the place around its curve's end where the fewest curves pass, near ones first."""
+    lifts = (-10.0, 12.0, -22.0, 24.0, -34.0, 36.0)
+    right = [replace(mark, at=mark.at + lift) for lift in lifts]
+    left = [replace(one, x=mark.x - 2 * END_GAP, anchor="end") for one in right]
+    inside = [one for one in (*right, *left) if TOP <= one.at <= LINE_HEIGHT - BOTTOM - 4]
+    return min(inside, key=lambda one: (_crossings(one, lines), abs(one.at - mark.at)))
+
+
+def _crossings(mark: Mark, lines: Sequence[Sequence[tuple[float, float]]]) -> int:
+    """How many pixels of curves lie under a text."""
+    width = CHARACTER * len(mark.text) + 2
+    left = mark.x - (width if mark.anchor == "end" else 0)
+    return sum(left <= x <= left + width and abs(y - mark.at) <= MIN_LABEL_GAP / 2 for line in lines for x, y in line)
+
+
+def _places(stroke: Stroke) -> list[tuple[float, float]]:
+    """A curve pixel by pixel."""
+    points = [tuple(map(float, place.split())) for place in stroke.path[1:].split("L")]
+    found = []
+    for (x, y), (to_x, to_y) in pairwise(points):
+        steps = max(1, round(max(abs(to_x - x), abs(to_y - y))))
+        found += [(x + (to_x - x) * step / steps, y + (to_y - y) * step / steps) for step in range(steps)]
+    return [*found, stroke.end]
 
 
 def _spread(marks: Sequence[Mark]) -> tuple[Mark, ...]:
