@@ -252,7 +252,7 @@ def _capital(text: str) -> str:
 
 def points(value: float | None) -> str:
     """A difference of shares in percentage points."""
-    return quantities.DASH if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return quantities.DASH if value is None else quantities.signed(100 * value, 1)
 
 
 def span(interval: list[float] | None, show: Any = quantities.decimal) -> str:

@@ -28,8 +28,8 @@ IN_PERCENT = ("retrieval/r@10",)
 CENTRAL_STUDIES = 500  # that evaluation.suite.quick draws
 ABOUT_CENTRAL = (
     f"On the same {CENTRAL_STUDIES} test studies every time, or all where there are fewer (still fewer images and reports for "
-    "PSNR and bits), to show the course. Results are measured on all test studies and may differ: the pairs among these few "
-    "are one smaller gallery for R@10."
+    "PSNR and bits), to show the course. Results are measured on all test studies and may differ: R@10 here is among the pairs "
+    "of these few, which may be fewer than in the results."
 )
 MAX_CENTRAL_PANELS = 9
 STREAMS = ("image", "text", "paired")  # those with a colour of their own

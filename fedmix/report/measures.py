@@ -21,7 +21,7 @@ NO_REASON = "could not be computed; the run gave no reason"
 
 # What each baseline is, for readers who do not know its name.
 ABOUT_METHOD = {
-    "fedmix": "the method of this run",
+    "fedmix": "the method under study",
     "random_init": "weights never trained",
     "public_init": "public start weights, never trained here",
     "best_site": "the better of the sites alone",

@@ -16,6 +16,12 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; what rounds to nothing has none."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction from 0 to 1 as a percentage."""
     return DASH if value is None else f"{100 * value:.{digits}f} %"

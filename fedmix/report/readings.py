@@ -77,7 +77,7 @@ def _over(block: ShareOfLabels) -> str:
 
 
 def _difference(value: float, interval: tuple[float, float] | None) -> str:
-    return _signed(value) + (f", {_signed(interval[0])} to {_signed(interval[1])}" if interval else "")
+    return quantities.signed(value, 3) + (f", {' to '.join(quantities.signed(end, 3) for end in interval)}" if interval else "")
 
 
 def _named(shares: Mapping[str, ShareOfLabels]) -> dict[str, ShareOfLabels]:
@@ -181,7 +181,3 @@ def _calibration(found: Calibration | None) -> Sequence[str]:
         f"Calibration{f' over {over}' if over else ''}: expected error {quantities.decimal(found.ece)}{calibrated}. "
         f"Brier score {quantities.decimal(found.brier)}{guess}.",
     )
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
