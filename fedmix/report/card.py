@@ -18,7 +18,19 @@ USES = (
     "and reports, findings asked for in words, regeneration of hidden parts.",
     "For people who will measure it on data of their own before they rely on any number here.",
 )
-RECORD = ("name", "run_id", "seed", "fingerprint", "fingerprints", "warm_start", "commit", "versions", "hardware", "started")
+RECORD = (
+    "name",
+    "run_id",
+    "seed",
+    "fingerprint",
+    "fingerprints",
+    "warm_start",
+    "commit",
+    "versions",
+    "hardware",
+    "started",
+    "finished",
+)
 
 
 def report_markdown(page: Page) -> str:

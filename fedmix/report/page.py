@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedmix.errors import RunError
 from fedmix.report import charts, findings, learning, measures, narrative, quantities, site_value
@@ -118,8 +118,15 @@ def read_page(run_dir: Path) -> Page:
 
 
 def read_manifest(run_dir: Path) -> tuple[tuple[str, str], ...]:
-    """manifest.json as rows of path and text; none where there is no such file."""
-    return tuple(_flat(read_json(run_dir / "manifest.json") or {}))
+    """manifest.json as rows of path and text, moments in ISO 8601; none where there is no such file."""
+    values = read_json(run_dir / "manifest.json")
+    if isinstance(values, Mapping):
+        values = {name: quantities.iso(item) if _is_moment(name, item) else item for name, item in values.items()}
+    return tuple(_flat(values or {}))
+
+
+def _is_moment(name: str, value: Any) -> TypeGuard[float]:
+    return name in ("started", "finished") and isinstance(value, int | float)
 
 
 def _run_of_manifest(manifest: Any, folder: str) -> Run:

@@ -77,6 +77,11 @@ def moment(value: float | str | None) -> str:
     return f"{when.day} {when:%b %Y, %H:%M} UTC"
 
 
+def iso(unix_seconds: float) -> str:
+    """A moment in ISO 8601, UTC, to the second."""
+    return datetime.fromtimestamp(unix_seconds, tz=UTC).isoformat(timespec="seconds")
+
+
 def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """A count with its noun in the right number."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

@@ -37,6 +37,14 @@ def test_both_tell_every_methods_numbers_the_sites_and_the_record(run_dir: Path)
         assert "No differential privacy bounds" in text
 
 
+def test_moments_are_read_by_people_and_the_end_is_among_them(run_dir: Path) -> None:
+    write_json(run_dir / "manifest.json", manifest(finished=1_763_800_312.4))
+    for text in (*written(run_dir), (run_dir / "report.html").read_text()):
+        assert "2025-11-22T08:26:40+00:00" in text
+        assert "2025-11-22T08:31:52+00:00" in text
+        assert "1763800" not in text
+
+
 def test_the_card_says_what_the_model_is_for_and_what_not(run_dir: Path) -> None:
     _, card = written(run_dir)
     headings = re.findall(r"^## (.*)", card, re.MULTILINE)
