@@ -2,7 +2,7 @@
 
 One table of cells is drawn three times: in report.html, in the terminal and, for several runs, as Markdown. A method that
 lacks a number gets a dash that points to a numbered reason; a guess that has no such number at all, such as a mean image
-asked for an AUROC, gets an empty cell.
+asked for an AUROC, gets a dash alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedmix.report.summary import Report
 
 Kind = Literal["main", "baseline", "reference"]
 NOT_EVALUATED = "not evaluated in this run"
+GAP = "A dash without a number: does not apply."
 NO_REASON = "could not be computed; the run gave no reason"
 
 # What each baseline is, for readers who do not know its name.
@@ -112,6 +113,11 @@ class Grid:
             for position in range(len(self.measures))
         )
         return tuple(column.pop() if len(column) == 1 else "" for column in columns)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether any measure has no meaning for a row."""
+        return any(cell is None for row in self.rows for cell in row.cells)
 
     @property
     def has_numbers(self) -> bool:
@@ -272,7 +278,8 @@ def as_markdown(grid: Grid, *, with_settings: bool = False) -> str:
     for row in grid.rows:
         lines.append(markdown.row([markdown.text(row.name), *(_markdown_cell(cell, with_settings) for cell in row.cells)]))
     notes = [f"{number}. {markdown.text(note)}" for number, note in enumerate(grid.notes, 1)]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    gaps = ["", GAP] if grid.has_gaps else []
+    return "\n".join([*lines, *([""] if notes else []), *notes, *gaps]) + "\n"
 
 
 def recovered_gap(report: Report) -> list[tuple[Measure, float | None]]:
@@ -387,7 +394,7 @@ def _leaf(value: Any) -> str:
 
 def _markdown_cell(cell: Cell | None, with_setting: bool) -> str:
     if cell is None:
-        return ""
+        return quantities.DASH
     text = f"**{cell.text}**" if cell.is_best else cell.text
     told = [part for part in (cell.interval, cell.setting if with_setting else "") if part]
     note = f" [{cell.note}]" if cell.note else ""

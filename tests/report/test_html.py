@@ -96,6 +96,13 @@ def test_report_holds_the_headline_numbers_of_every_method(run_dir: Path) -> Non
         assert value in text, "guesses without a model"
 
 
+def test_a_cell_that_does_not_apply_is_seen_as_a_dash_and_heard_as_words(run_dir: Path) -> None:
+    assert "unigram" in words(write_report(run_dir))
+    text = words(write_report(run_dir)).split("word frequencies")[1]
+    assert text.startswith(" – does not apply" * 5 + " 6.31"), text[:200]  # noqa: RUF001
+    assert "A dash without a number: does not apply." in text
+
+
 def test_report_tells_what_re_ranking_did(make_run: Callable[..., Path]) -> None:
     values = report_values()
     now = {"r@1": 0.251, "gain_r@1": 0.16, "gain_r@1_ci95": [0.12, 0.2]}

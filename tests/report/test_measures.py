@@ -103,6 +103,14 @@ def test_every_column_says_what_it_was_measured_on() -> None:
     )
 
 
+def test_what_has_no_meaning_for_a_method_is_a_dash_with_a_word_on_it() -> None:
+    text = measures.as_markdown(measures.headline(report()))
+    (unigram,) = [line for line in text.splitlines() if "unigram" in line]
+    assert unigram.count("| \N{EN DASH} ") == 5
+    assert text.endswith("A dash without a number: does not apply.\n")
+    assert "does not apply" not in measures.as_markdown(measures.compare_table([report()]))
+
+
 def test_recovered_gap_by_hand() -> None:
     baselines = {name: {"evaluation": evaluation(0.5)} for name in ("best_site", "centralised")}
     values = report_values(baselines=baselines)
