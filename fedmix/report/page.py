@@ -24,6 +24,7 @@ from fedmix.report.readings import Readings, other_ways, readings
 from fedmix.report.summary import Report, Run, parse_report
 
 MAX_CONFIG_BYTES = 1 << 18
+REST = "all else: start, sending, waiting, other methods"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Page:
     method_absence: str
     protection: tuple[str, ...]
     energy: str
+    overhead: str
     config: str
     manifest: tuple[tuple[str, str], ...]
 
@@ -112,6 +114,7 @@ def read_page(run_dir: Path) -> Page:
         method_absence=method_absence,
         protection=tuple(narrative.protection(report)) if report else (),
         energy=narrative.energy(report) if report else "",
+        overhead=_overhead(report) if report else "",
         config=_config(run_dir / "config.yaml"),
         manifest=read_manifest(run_dir),
     )
@@ -177,8 +180,17 @@ def _times(report: Report) -> list[TimeShare]:
     fits = 0 < total <= wall * 1.001
     shares = [TimeShare(name, quantities.duration(value), value / wall if fits else None) for name, value in known.items()]
     if fits:
-        shares.append(TimeShare("everything else", quantities.duration(max(wall - total, 0.0)), max(1 - total / wall, 0.0)))
+        shares.append(TimeShare(REST, quantities.duration(max(wall - total, 0.0)), max(1 - total / wall, 0.0)))
     return shares
+
+
+def _overhead(report: Report) -> str:
+    """What rounds took beyond training, in a sentence; nothing where it was not measured."""
+    ratio = report.timing.overhead_ratio
+    if ratio is None:
+        return ""
+    more = f"{quantities.percent(ratio - 1)} longer than" if ratio > 1 else "as long as"
+    return f"The rounds took {more} the time in which at least one site was training; the rest is sending and adding up."
 
 
 def _config(path: Path) -> str:

@@ -30,7 +30,8 @@ def test_both_tell_every_methods_numbers_the_sites_and_the_record(run_dir: Path)
         assert "| random init |" in text
         assert "Linear probe AUROC: 1,000 studies" in text
         assert "| hill | images with their reports | 2,950 | 43,200 |" in text
-        assert "| aligned | 10 | image and paired | mvm 1, mlm 0.3, contrast 1 |" in text
+        assert "| aligned | 10 | image sites and paired sites | mvm 1, mlm 0.3, contrast 1 |" in text
+        assert "Objectives: mvm is masked vision modelling, mlm is masked language modelling and contrast is image-text" in text
         assert "| versions / torch | 2.11.0 |" in text
         assert f"| fingerprints / config | sha256:{'5' * 64} |" in text
         assert "Energy was not estimated in this run." in text

@@ -195,6 +195,13 @@ def test_times_of_sites_side_by_side_are_not_shown_as_shares_of_the_wall(make_ru
     assert sum(part.share or 0.0 for part in whole.times) == pytest.approx(1.0)
 
 
+def test_what_rounds_took_beyond_training_is_a_sentence(make_run: Callable[..., Path]) -> None:
+    timing = report_values()["timing"]
+    assert "The rounds took 6.1 % longer than the time in which" in words(write_report(make_run()))
+    assert "took as long as the time" in read_page(make_run(timing=timing | {"overhead_ratio": 1.0})).overhead
+    assert read_page(make_run(timing=timing | {"overhead_ratio": None})).overhead == ""
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"neither report\.json nor manifest\.json"):
         write_report(tmp_path)
