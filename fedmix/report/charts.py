@@ -24,11 +24,11 @@ MAX_POINTS = 160  # finer than the pixels of a panel
 MAX_SITE_CURVES = 60  # beyond it thin lines are a blot and the file grows
 MIN_LABEL_GAP = 12.0
 CHARACTER = 6.0  # width of a small letter; stage names are cut to their band
-NARROW, WIDE = frozenset("fijlrtI.,;:'|()[] -"), frozenset("mwMW%@")  # letters far from that width
+NARROW, WIDE = frozenset("fijlrtI.,;:'|()[] -"), frozenset("mwMW%@…")  # letters far from that width
 
 ROW_HEIGHT = 22
 UNDER_HEIGHT = 14  # more for a row with small print
-BAR_LEFT, BAR_RIGHT = 128, 44
+BAR_LEFT, BAR_RIGHT = 142, 44
 INTERVAL_RIGHT = 56  # room for a mean with its unit
 STRIP_HEIGHT, STRIP_MARGIN = 22, 3.0  # a strip is as wide as its tile: x in percent of that
 END_GAP = 6.0  # from a curve's end to the value beside it
@@ -292,7 +292,7 @@ def fitted(name: str, room: float, size: str = "") -> str:
     """A name cut to so many pixels, with ``size`` behind it, which is never cut."""
     room -= _width(size)
     if _width(name) > room:
-        while name and _width(name) + CHARACTER > room:
+        while name and _width(name + "…") > room:
             name = name[:-1]
         name = name.rstrip() + "…"
     return name + size
@@ -300,7 +300,7 @@ def fitted(name: str, room: float, size: str = "") -> str:
 
 def _width(text: str) -> float:
     """About as many pixels as a text takes in the panels' letters; fonts differ, so it is a little too wide."""
-    factors = (0.6 if letter in NARROW else 1.5 if letter in WIDE else 1.2 if letter.isupper() else 1.0 for letter in text)
+    factors = (0.65 if letter in NARROW else 1.65 if letter in WIDE else 1.25 if letter.isupper() else 1.1 for letter in text)
     return CHARACTER * sum(factors)
 
 

@@ -139,7 +139,8 @@ def _of_classifier(block: Classifier) -> Score:
 
 def _of_ranking(block: Ranking) -> Score:
     chance = chance_at_10(block)
-    queries = "" if block.num_queries is None else f"{quantities.plural(block.num_queries, 'query', 'queries')}, each "
+    num = block.num_queries
+    queries = "" if num is None else f"{quantities.plural(num, 'query', 'queries')}, each in a gallery "
     setting = "" if chance is None else f"{queries}of {block.gallery:,}; chance {quantities.percent(chance)}"
     return Score(block.recall_10, block.recall_10_ci95, setting, block.reason_for("r@10"))
 

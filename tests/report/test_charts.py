@@ -88,7 +88,8 @@ def test_a_curve_that_hardly_changes_is_drawn_flat() -> None:
 
 
 def test_a_name_is_cut_to_its_room_and_what_stands_behind_it_is_not() -> None:
-    assert charts.fitted("Pleural Thickening", 118, " (6)") == "Pleural Thickening (6)"
+    for name in ("Pleural Thickening", "pneumothorax right"):
+        assert charts.fitted(name, charts.BAR_LEFT - 10, " (77)") == f"{name} (77)"
     cut = charts.fitted("universitaetsklinikum-hamburg-eppendorf", 118, " (1,200)")
     assert cut.startswith("univ")
     assert cut.endswith("… (1,200)")

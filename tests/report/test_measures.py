@@ -96,8 +96,8 @@ def test_every_column_says_what_it_was_measured_on() -> None:
     assert measures.headline(report(**values)).settings == (
         "1,000 studies",
         "1,000 studies, trained on 1,000",
-        "1,000 queries, each of 500; chance 2.0 %",
-        "1,000 queries, each of 500; chance 2.0 %",
+        "1,000 queries, each in a gallery of 500; chance 2.0 %",
+        "1,000 queries, each in a gallery of 500; chance 2.0 %",
         "152 images, 75 % hidden",
         "5,970 tokens of 834 reports, 15 % hidden",
     )
