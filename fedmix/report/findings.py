@@ -77,7 +77,7 @@ def _behind_the_mean(block: Classifier) -> Iterator[str]:
             f"{charts.readable(name)} ({number})" for name, number in sorted(few.items(), key=lambda one: (-one[1], one[0]))
         ]
         yield (
-            f"Not enough data for a bar, with fewer than {MIN_CASES} studies with or without it, yet part of the mean: "
+            f"Not enough data to stand alone, with fewer than {MIN_CASES} studies with or without it, yet part of the mean: "
             f"{quantities.listing(named)}."
         )
     if absent := [charts.readable(name) for name in block.per_label if name not in scored]:

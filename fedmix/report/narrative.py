@@ -180,7 +180,7 @@ def _standing(report: Report) -> Iterator[str]:
             f"{measures.method_name(name)} on {_which(titles, num_compared)}" for name, titles in ahead.items() if titles
         ]
         verdict = f"ahead of it: {'; '.join(leaders)}" if leaders else "none is ahead of it on any of them"
-        yield f"Compared with {_others(list(ahead))} on {quantities.plural(num_compared, 'measure')}, {verdict}."
+        yield f"On {quantities.plural(num_compared, 'measure')}, compared with {_others(list(ahead))}, {verdict}."
 
 
 def _others(names: Sequence[str]) -> str:

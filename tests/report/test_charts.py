@@ -67,7 +67,7 @@ def test_values_at_the_ends_of_curves_do_not_lie_on_each_other() -> None:
 
 def test_the_value_of_a_curve_that_ends_early_lies_on_no_curve() -> None:
     falling = curve(*(5 - 0.1 * number for number in range(20)), name="report sites")
-    going_on = curve(*(3.1 for _ in range(10)), first=21)
+    going_on = curve(*(3.22 for _ in range(10)), first=21)  # ten pixels above the other's end
     panel = charts.line_panel("loss", [falling, going_on], STAGES, (1, 30))
     early = next(end for end in panel.ends if end.text == "3.10" and end.x < charts.WIDTH - charts.RIGHT)
     width = charts.CHARACTER * len(early.text)

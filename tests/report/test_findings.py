@@ -38,8 +38,8 @@ def test_a_finding_with_hardly_any_study_has_no_bar_and_is_named_with_its_number
     assert panel.macro.text == "0.800"
     assert "Edema (1,200) 0.700" in panel.description
     assert found.notes == (
-        "Linear probe AUROC: the mean is over 4 of 5 findings, 152 test studies. Not enough data for a bar, with fewer than 5 "
-        "studies with or without it, yet part of the mean: No Finding (4) and Fibrosis (1). No AUROC, for want of any "
+        "Linear probe AUROC: the mean is over 4 of 5 findings, 152 test studies. Not enough data to stand alone, with fewer "
+        "than 5 studies with or without it, yet part of the mean: No Finding (4) and Fibrosis (1). No AUROC, for want of any "
         "study with or without the finding: Hernia.",
     )
 

@@ -25,14 +25,15 @@ def test_story_names_every_baseline_that_is_ahead() -> None:
         del better[part]
     text = story(baselines={"fedavg_all": {"evaluation": better}, "random_init": {"evaluation": worse}})
     assert (
-        "Compared with 1 other trained method and a model never trained on 6 measures, ahead of it: fedavg all on PSNR." in text
+        "On 6 measures, compared with 1 other trained method and a model never trained, ahead of it: fedavg all on PSNR."
+        in text
     )
 
 
 def test_story_says_when_no_baseline_is_ahead_and_nothing_where_there_is_none() -> None:
     untrained = story(baselines={"random_init": {"evaluation": evaluation(0.0, 2)}})
-    assert "Compared with a model never trained on 6 measures, none is ahead" in untrained
-    assert "Compared" not in story(baselines={})
+    assert "On 6 measures, compared with a model never trained, none is ahead" in untrained
+    assert "compared with" not in story(baselines={})
 
 
 def test_a_small_difference_does_not_read_as_zero_and_zero_has_no_sign() -> None:
