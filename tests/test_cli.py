@@ -514,6 +514,7 @@ def test_a_model_is_audited_on_a_tiny_shard(model: Path, run: Run, tmp_path: Pat
     assert "Whole patients" in out
     found = json.loads((tmp_path / "found/leakage.json").read_text())
     assert found["membership"]["patient"]["auc"] == 0.5, "a model is no better than itself"
+    assert found["audited"]["weights_sha256"]
     assert "What this model gives away" in (tmp_path / "found/leakage.html").read_text()
     assert "/proc/found" in sentence(run("audit", model, *both, "--out", "/proc/found"))
     shutil.copytree(next((tmp_path / "phantoms").iterdir()), tmp_path / "trained")

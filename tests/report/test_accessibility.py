@@ -246,6 +246,18 @@ def used(*properties: str) -> set[str]:
     return set(re.findall(rf"(?<![-\w])(?:{'|'.join(properties)}): var\(--([a-z-]+)\)", STYLE))
 
 
+def test_a_table_that_goes_on_is_shaded_at_its_edge_and_a_long_name_wraps_on_a_phone() -> None:
+    scroll = STYLE.split(".scroll {")[1].split("}")[0]
+    assert scroll.count("no-repeat local") == scroll.count("no-repeat scroll") == 2
+    assert STYLE.count("--shade: ") == 2, "in light and in dark"
+    phone, printed = STYLE.split("@media (max-width: 560px)")[1].split("@media print")
+    first = re.search(r"th:first-child, .results th:first-child \{(.*?)\}", phone)
+    assert first
+    assert {"white-space: normal", "overflow-wrap: anywhere", "max-width: 40vw"} <= set(map(str.strip, first[1].split(";")))
+    assert "overflow: visible" in printed
+    assert "white-space: normal" in printed
+
+
 def test_contrast_is_that_of_the_standard() -> None:
     assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)

@@ -100,6 +100,13 @@ def test_report_holds_the_headline_numbers_of_every_method(run_dir: Path) -> Non
         assert value in text, "guesses without a model"
 
 
+def test_a_cell_that_does_not_apply_is_seen_as_a_dash_and_heard_as_words(run_dir: Path) -> None:
+    assert "unigram" in words(write_report(run_dir))
+    text = words(write_report(run_dir)).split("word frequencies")[1]
+    assert text.startswith(" – does not apply" * 5 + " 6.31"), text[:200]  # noqa: RUF001
+    assert "A dash without a number: does not apply." in text
+
+
 def test_report_tells_what_re_ranking_did(make_run: Callable[..., Path]) -> None:
     values = report_values()
     now = {"r@1": 0.251, "gain_r@1": 0.16, "gain_r@1_ci95": [0.12, 0.2]}
@@ -190,6 +197,13 @@ def test_times_of_sites_side_by_side_are_not_shown_as_shares_of_the_wall(make_ru
     assert all(part.share is None for part in page.times)
     whole = read_page(make_run())
     assert sum(part.share or 0.0 for part in whole.times) == pytest.approx(1.0)
+
+
+def test_what_rounds_took_beyond_training_is_a_sentence(make_run: Callable[..., Path]) -> None:
+    timing = report_values()["timing"]
+    assert "The rounds took 6.1 % longer than the time in which" in words(write_report(make_run()))
+    assert "took as long as the time" in read_page(make_run(timing=timing | {"overhead_ratio": 1.0})).overhead
+    assert read_page(make_run(timing=timing | {"overhead_ratio": None})).overhead == ""
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:

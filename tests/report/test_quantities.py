@@ -43,3 +43,12 @@ def test_listing_reads_as_a_sentence_does() -> None:
         "a and b",
         "a, b and c",
     ]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [quantities.signed(value, 2) for value in (-0.004, 0.004, -0.006, 1.2)] == [
+        "0.00",
+        "0.00",
+        "\N{MINUS SIGN}0.01",
+        "+1.20",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,19 @@ def test_every_page_shows_the_table_and_says_that_sums_left(run_dir: Path) -> No
     file = io.StringIO()
     Console(file=file, width=100).print(*remarks(report(hill=HILL, north=NORTH)))
     assert "1.50 dB better" in file.getvalue()
+
+
+def test_the_answer_stands_before_what_a_hospital_gave_and_that_is_said_once(run_dir: Path) -> None:
+    both = {"scores": {BITS: score(4.0, 3.5), PSNR: score(20.0, 19.0)}}
+    write_json(run_dir / "report.json", build_report(**scored(hill=both)))
+    page = write_report(run_dir).read_text()
+    section = page.split('aria-label="What each hospital gave and got"')[1].split("</section>")[0]
+    table, after = section.split("</table>")
+    assert re.findall(r'scope="col"[^>]*>(\w+)', table) == ["Hospital", "Measure", "Alone", "Federation", "Got"]
+    assert table.count('rowspan="2"') == 1, "the hospital stands once"
+    assert len(re.findall(r"<tr", table)) == 3
+    assert "gave" not in table
+    assert after.count("hill gave ") == 1
 
 
 def test_nothing_is_shown_where_nothing_was_asked(run_dir: Path) -> None:
