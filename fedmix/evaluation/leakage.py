@@ -19,7 +19,7 @@ from fedmix.evaluation import metrics
 from fedmix.evaluation.attack import MIN_PATIENTS, epsilon_report
 from fedmix.evaluation.features import Encoder, Report, Vocabulary, encode_images, encode_texts, random_for
 from fedmix.evaluation.membership import AuditSettings, membership_report, membership_scores, patient_scores
-from fedmix.evaluation.retrieval import cosines, expected_hits, split_galleries
+from fedmix.evaluation.retrieval import expected_hits, score_blocks, split_galleries
 from fedmix.evaluation.subjects import Subjects
 from fedmix.evaluation.word_recovery import recovery_report
 from fedmix.model.encoder import MixedModel
@@ -128,4 +128,6 @@ def _hits(
     image = encode_images(encoder, subjects.images_of(studies), batch_size=settings.batch_size)
     text = encode_texts(encoder, subjects.words_of(studies), batch_size=settings.batch_size)
     galleries = split_galleries(len(studies), size, settings.seed)
-    return np.concatenate([expected_hits(cosines(image[rows], text[rows]), 1) for rows in galleries])
+    return np.concatenate(
+        [expected_hits(scores, 1, own) for rows in galleries for own, scores in score_blocks(image[rows], text[rows])]
+    )
