@@ -92,7 +92,10 @@ class Calibration(Block):
 
 
 class Trigger(Block):
-    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding."""
+    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding.
+
+    The interval of the worst allows for its having been chosen among the findings.
+    """
 
     worst: Fraction | None = None
     worst_ci95: Interval | None = None

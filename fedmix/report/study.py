@@ -72,11 +72,6 @@ class Estimate:
         return len(self.by_seed)
 
     @property
-    def half_width(self) -> float | None:
-        """How far the interval reaches to either side."""
-        return None if self.interval is None else self.interval[1] - self.mean
-
-    @property
     def is_clear(self) -> bool:
         """Whether the interval leaves zero out; what is asked of a difference."""
         return self.interval is not None and self.interval[0] * self.interval[1] > 0

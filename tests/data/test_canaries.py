@@ -121,6 +121,7 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
     canary, tokenizer = Canaries(), Tokenizer.load()
     caplog.set_level(logging.DEBUG)
     said: list[str] = []
+    searched: set[str] = set()
     for layout, plant in TREES.items():
         root, out = tmp_path / layout, tmp_path / f"{layout}-shard"
         source = open_source(layout, root, plant(root, canary))
@@ -137,6 +138,7 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
             console.print(_summary_table(summary, Path("shard")))
             said += [repr(summary), console.export_text(), repr(Shard.open(out).manifest)]
             assert canary.seen_in(everything_written(out)) == 0
+            searched.add(layout)
         with pytest.raises(DataError) as caught:
             prepare(
                 source,
@@ -150,6 +152,7 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
     assert len(set(canary.names)) >= 1000
     assert canary.seen_in("".join(said) + caplog.text + output.out + output.err) == 0
     assert len(said) >= 12
+    assert searched == set(TREES)
     assert canary.seen_in(f"the search itself works: {canary.names[0].lower()}") == 1
 
 

@@ -187,6 +187,7 @@ def test_every_header_of_a_table_says_what_it_heads(tree: Tree) -> None:
     assert all(one.attributes.get("scope") in ("col", "row") for one in tree.of("th"))
     for table in tree.of("table"):
         rows = [one for one in tree.of("tr") if table in one.ancestors()]
+        assert rows
         assert all(any(cell.tag == "th" for cell in row.children) for row in rows)
 
 

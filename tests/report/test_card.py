@@ -85,7 +85,9 @@ def test_names_from_data_stay_words_in_markdown(make_run: Callable[..., Path]) -
         assert text.count("&lt;script>alert(1)&lt;/script>") >= 6
         assert "<" not in text
         assert not re.search(r"(?<!\\)\]\(|(?<!\\)`|^# d", text, re.MULTILINE)
-        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        assert tables
+        for table in tables:
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
