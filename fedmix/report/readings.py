@@ -28,7 +28,7 @@ def readings(found: Classification | None) -> Readings:
     whole = found.linear_probe.macro_auroc if found.linear_probe else None
     panels: list[charts.IntervalPanel] = []
     notes: list[str] = []
-    groups = {f"by {kind}": _sized(blocks) for kind, blocks in found.subgroups.items()}
+    groups = {f"by {_spoken(kind)}": _sized(blocks) for kind, blocks in found.subgroups.items()}
     for title, blocks in ({"by share of the labels": _named(found.label_shares)} | groups).items():
         panels += _panel(f"Linear probe AUROC {title}", blocks, whole)
         notes += _missing(title, blocks)
@@ -121,13 +121,17 @@ def _missing(title: str, blocks: Mapping[str, Classifier]) -> Iterator[str]:
 def _behind(found: Classification) -> Iterator[str]:
     """Groups whose interval of the difference from all others lies below zero."""
     behind = [
-        f"{name} ({_difference(block.difference, block.difference_ci95)})"
-        for blocks in found.subgroups.values()
+        f"{_spoken(kind)} {name} ({_difference(block.difference, block.difference_ci95)})"
+        for kind, blocks in found.subgroups.items()
         for name, block in blocks.items()
         if block.difference is not None and block.difference_ci95 is not None and block.difference_ci95[1] < 0
     ]
     if behind:
         yield f"Served less well than all other test patients, in AUROC: {quantities.listing(behind)}."
+
+
+def _spoken(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _calibration(found: Calibration | None) -> Sequence[str]:

@@ -62,6 +62,20 @@ def test_groups_that_are_behind_or_too_small_and_calibration_are_said() -> None:
     assert "always saying how frequent a finding is gives 0.122" in calibration
 
 
+def test_sex_and_age_band_are_told_in_words_on_the_page(make_run: Callable[..., Path]) -> None:
+    behind = values()["subgroups"]["view"]["AP"]
+    groups = {"sex": {"F": behind}, "age_band": {"80+": behind}}
+    found = readings(Classification.model_validate(values(subgroups=groups)))
+    assert [panel.title for panel in found.panels[1:]] == ["Linear probe AUROC by sex", "Linear probe AUROC by age band"]
+    assert "sex F (" in found.notes[0]
+    assert "age band 80+ (" in found.notes[0]
+    changed = report_values()
+    changed["evaluation"]["classification"] |= values(subgroups=groups)
+    source = write_report(make_run(**changed)).read_text()
+    assert "Linear probe AUROC by age band" in source
+    assert "80+ (500)" in source
+
+
 def test_the_page_holds_them_and_an_older_run_has_no_such_section(make_run: Callable[..., Path]) -> None:
     assert readings(None) == Readings()
     assert "Labels, subgroups" not in write_report(make_run()).read_text()
