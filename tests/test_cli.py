@@ -355,6 +355,25 @@ def test_an_unreadable_picture_is_left_out_with_its_code_and_the_command_succeed
     assert "9.png" not in (tmp_path / "shard/quarantine.jsonl").read_text()
 
 
+def test_sex_and_age_band_go_in_only_where_the_command_asks_for_them(run: Run, tmp_path: Path) -> None:
+    path = table(tmp_path / "data", 6, 0) / "studies.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},sex,age", *(f"{row},F,83" for row in rows)]))
+    prepare = ("prepare", "table", "data", "--size", "48", "--workers", 1, "--out")
+    code, out, _ = run(*prepare, "usual")
+    assert (code, "--keep-characteristics" in out) == (0, False)
+    code, out, _ = run(*prepare, "kept", "--keep-characteristics")
+    assert code == 0
+    assert "Sex is kept of 6 and the age band of 6 studies" in out
+    said = {name: json.loads((tmp_path / name / "shard.json").read_text())["deidentification"] for name in ("usual", "kept")}
+    options = {name: one["options"]["Retain Patient Characteristics"] for name, one in said.items()}
+    assert options["usual"].startswith("not applied")
+    assert options["kept"].startswith("applied")
+    checked = run("shard", "check", "kept")[1]
+    assert "view unknown" in checked
+    assert not {"sex", "80+", "age"} & set(checked.replace(":", " ").split())
+
+
 def test_too_many_unreadable_pictures_fail_the_command_and_leave_no_shard(run: Run, tmp_path: Path) -> None:
     table(tmp_path / "data", 6, 4)
     said = sentence(run("prepare", "table", "data", "--out", "shard", "--size", "48", "--workers", 1))

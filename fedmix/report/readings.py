@@ -10,6 +10,7 @@ from fedmix.report.evaluated import Calibration, Classification, Classifier, Eva
 from fedmix.report.measures import LINEAR_PROBE, MEASURES
 
 AUROC = MEASURES[LINEAR_PROBE]
+SUBGROUPS = "classification/subgroups"
 TUNED = {"fine_tune": "Fine-tuned end to end", "prompt_tune": "With tuned prompts on the frozen model"}
 
 
@@ -31,10 +32,10 @@ def readings(evaluation: Evaluation | None) -> Readings:
     panels = list(_panel("Linear probe AUROC by share of the labels", shares, whole))
     notes = list(_missing("by share of the labels", shares))
     for kind, groups in found.subgroups.items():
-        panels += _panel(f"Linear probe AUROC by {kind}", _drawn(groups, found.linear_probe), whole)
-        notes += [*_missing(f"by {kind}", groups), *_everybody(kind, groups, found.linear_probe), *_compared(kind, groups)]
-    if "classification/subgroups" in evaluation.skipped:
-        notes.append(f"No subgroups: {evaluation.skipped['classification/subgroups']}.")
+        by = f"by {_spoken(kind)}"
+        panels += _panel(f"Linear probe AUROC {by}", _drawn(groups, found.linear_probe), whole)
+        notes += [*_missing(by, groups), *_everybody(by, groups, found.linear_probe), *_compared(by, groups)]
+    notes += _unsaid(evaluation.skipped)
     for title, blocks in (("Fine-tuning", found.fine_tune), ("Tuned prompts", found.prompt_tune)):
         panels += _panel(f"{title} AUROC by share of the labels", _named(blocks), whole)
     return Readings(tuple(panels), (*notes, *_behind(found), *_calibration(found.calibration)))
@@ -98,13 +99,24 @@ def _is_everybody(block: Classifier, whole: Classifier | None) -> bool:
     return block.num_test is not None and whole is not None and block.num_test == whole.num_test
 
 
-def _everybody(kind: str, groups: Mapping[str, Subgroup], whole: Classifier | None) -> Iterator[str]:
+def _everybody(by: str, groups: Mapping[str, Subgroup], whole: Classifier | None) -> Iterator[str]:
     for name, block in groups.items():
         if _is_everybody(block, whole):
-            yield f"By {kind} there is nothing to compare: all {block.num_test:,} test studies are of {name}."
+            yield f"{by.capitalize()} there is nothing to compare: all {block.num_test:,} test studies are of {name}."
 
 
-def _compared(kind: str, groups: Mapping[str, Subgroup]) -> Iterator[str]:
+def _unsaid(skipped: Mapping[str, str]) -> Iterator[str]:
+    """Kinds of subgroup that there are none of, a sentence for each reason."""
+    kinds: dict[str, list[str]] = {}
+    for key, reason in skipped.items():
+        if key.startswith(SUBGROUPS):
+            kinds.setdefault(reason, []).append(_spoken(key.removeprefix(SUBGROUPS).removeprefix("/")))
+    for reason, names in kinds.items():
+        by = f" by {quantities.listing(names)}" if all(names) else ""
+        yield f"No subgroups{by}: {reason}."
+
+
+def _compared(by: str, groups: Mapping[str, Subgroup]) -> Iterator[str]:
     """The difference that can be read, since each group's mean is over the findings that its own studies allow."""
     told = [
         f"{name} {_difference(block.difference, block.difference_ci95)}"
@@ -113,7 +125,7 @@ def _compared(kind: str, groups: Mapping[str, Subgroup]) -> Iterator[str]:
         if block.difference is not None
     ]
     if told:
-        yield f"By {kind}, difference from all other test patients on the findings that both have: {'; '.join(told)}."
+        yield f"{by.capitalize()}, difference from all other test patients on the findings that both have: {'; '.join(told)}."
 
 
 def _sizes(block: Classifier) -> str:
@@ -155,13 +167,17 @@ def _missing(title: str, blocks: Mapping[str, Classifier]) -> Iterator[str]:
 def _behind(found: Classification) -> Iterator[str]:
     """Groups whose interval of the difference from all others lies below zero."""
     behind = [
-        f"{name} ({_difference(block.difference, block.difference_ci95)})"
-        for blocks in found.subgroups.values()
+        f"{_spoken(kind)} {name} ({_difference(block.difference, block.difference_ci95)})"
+        for kind, blocks in found.subgroups.items()
         for name, block in blocks.items()
         if block.difference is not None and block.difference_ci95 is not None and block.difference_ci95[1] < 0
     ]
     if behind:
         yield f"Served less well than all other test patients, in AUROC: {quantities.listing(behind)}."
+
+
+def _spoken(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _calibration(found: Calibration | None) -> Sequence[str]:

@@ -87,6 +87,22 @@ def test_subgroups_that_were_not_measured_have_their_reason_and_calibration_its_
     assert calibration.startswith("Calibration over 15 findings of 152 test studies: expected error 0.024")
 
 
+def test_sex_and_age_band_are_told_in_words_on_the_page(make_run: Callable[..., Path]) -> None:
+    behind = values()["subgroups"]["view"]["AP"]
+    groups = {"sex": {"F": behind}, "age_band": {"80+": behind}}
+    found = readings(Evaluation.model_validate({"classification": values(subgroups=groups)}))
+    assert [panel.title for panel in found.panels[1:]] == ["Linear probe AUROC by sex", "Linear probe AUROC by age band"]
+    assert found.notes[0].startswith("By sex, difference from all other test patients")
+    (behind_note,) = [note for note in found.notes if note.startswith("Served less well")]
+    assert "sex F (" in behind_note
+    assert "age band 80+ (" in behind_note
+    changed = report_values()
+    changed["evaluation"]["classification"] |= values(subgroups=groups)
+    source = write_report(make_run(**changed)).read_text()
+    assert "Linear probe AUROC by age band" in source
+    assert "By age band, difference" in source
+
+
 def test_the_page_holds_them_and_an_older_run_has_no_such_section(make_run: Callable[..., Path]) -> None:
     assert readings(None) == Readings()
     assert "Labels, subgroups" not in write_report(make_run()).read_text()
