@@ -22,7 +22,7 @@ from client.line import ON_THE_LINE
 from fedmix.deployment.environment import LOOPBACK, flower_environment
 from fedmix.deployment.supervisor import Program, Supervisor
 from fedmix.disk import reason_of
-from fedmix.errors import RunError
+from fedmix.errors import ConfigError, RunError
 
 SUPERNODE, EXECUTOR = "supernode", "executor"
 LISTEN_S = 1.0
@@ -83,7 +83,7 @@ MEANINGS = {
     ),
     # All that a SuperNode says whose signature is turned down: it ends as if somebody had asked it to.
     TURNED_DOWN: Meaning(
-        "the coordinator does not take this site's signature, most likely because a clock is wrong",
+        "the coordinator does not take this site's signature: a clock is wrong, or the site was taken off",
         "`fedmix site doctor` says which; the agent asks again by itself",
     ),
 }
@@ -95,6 +95,8 @@ def run(home: Home, say: Callable[[str], None]) -> None:
     Raises RunError if one runs already or its port is taken, and ConfigError where the home is not whole.
     """
     home.policy()  # what it would refuse at every message it refuses now
+    if missing := [path.name for path in (home.key, home.public_key, home.ca, home.secret) if not path.is_file()]:
+        raise ConfigError(f"this site's home lacks {', '.join(missing)}, so no agent can start; restore it from your backup")
     with _alone(home) as file:
         _check_free(home.settings().port)
         programs, ledger = programs_of(home), home.ledger()

@@ -126,9 +126,16 @@ def _hindrances(home: Home, plan: plans.Plan, digest: str) -> Iterator[str]:
     for site in experiment.data.sites:
         if site.name == settings.name:
             try:
-                policy.check_names((), _leaving(experiment, site.stream)[0], ())
-            except PolicyError as error:
+                gate.num_studies(settings.shard, site.stream, policy)
+                policy.check_names((), _leaving(experiment, site.stream)[0], _losses(experiment, site.stream))
+            except FedmixError as error:
                 yield str(error)
+
+
+def _losses(experiment: config.Experiment, stream: config.StreamName) -> tuple[str, ...]:
+    """The losses that a site of a stream sends, with or without a policy that lets them leave."""
+    own = {"image": ("mvm",), "text": ("mlm",), "paired": experiment.trained_on}[stream]
+    return tuple(f"{name}/loss" for name in own if name in experiment.trained_on)
 
 
 def _leaving(experiment: config.Experiment, stream: config.StreamName) -> tuple[tuple[str, ...], int]:

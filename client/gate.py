@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from torch import Size
 
-from client import score_gate, secure_gate
+from client import noisy_updates, private, score_gate, secure_gate
 from client.fields import check_fields, exact
 from client.home import DIGEST, Home
 from client.policy import Policy
@@ -35,6 +35,7 @@ from fedmix.errors import FedmixError, LedgerError, PolicyError, RunError, Updat
 from fedmix.federation import screening
 from fedmix.federation.compression import Parts, decode_rows
 from fedmix.federation.update import group_of, rows_of, typed
+from fedmix.privacy.accountant import Ledger
 
 Shapes = Mapping[str, Size]
 PEER = "coordinator"
@@ -121,13 +122,20 @@ def admit(home: Home, message: Message, *, now: datetime.datetime | None = None)
     experiment = plan.resolved()
     policy.check_privacy(experiment.privacy)
     policy.check_secure_sum(experiment.secure_sum)
+    _check_accounts(home, experiment.privacy)
     secure_gate.check_own_key(plan, home)
     site = next(site for site in experiment.data.sites if site.name == settings.name)
-    studies = len(Shard.open(settings.shard, verify=False).select("train", site.stream))
-    if studies < policy.min_studies:
-        raise PolicyError(f"this site takes part with {policy.min_studies} training studies or more, and has fewer")
+    studies = num_studies(settings.shard, site.stream, policy)
     file = _experiment_file(home, digest, experiment)
     return Admitted(settings.name, policy, digest, experiment, file, settings.shard, studies, since, plan.keys)
+
+
+def num_studies(shard: Path, stream: config.StreamName, policy: Policy) -> int:
+    """The studies that this site trains on, if the policy finds them enough."""
+    studies = len(Shard.open(shard, verify=False).select("train", stream))
+    if studies < policy.min_studies:
+        raise PolicyError(f"this site takes part with {policy.min_studies} training studies or more, and has fewer")
+    return studies
 
 
 def check_plan(plan: plans.Plan, site: str, day: datetime.date) -> None:
@@ -146,6 +154,19 @@ def check_plan(plan: plans.Plan, site: str, day: datetime.date) -> None:
 def _check_pause(home: Home) -> None:
     if home.is_paused:
         raise PolicyError("this site is paused; `fedmix site resume` there ends that")
+
+
+def _check_accounts(home: Home, offered: config.Privacy) -> None:
+    """Refuse a plan that counts privacy while a round that was sent is missing from what this site counts."""
+    if not offered.is_counted_by_sites:
+        return
+    counted = [entry for name in (private.LEDGER, noisy_updates.LEDGER) for entry in Ledger(home.state / name).entries()]
+    sent = {(one["run"], one["round"]) for one in home.ledger().entries() if one.get("epsilon") is not None}
+    if sent - {(entry.run, entry.round) for entry in counted}:
+        raise PolicyError(
+            "this site's privacy ledger lacks rounds that its ledger of messages says were sent; what was spent is not known, "
+            f"so {private.LEDGER} and {noisy_updates.LEDGER} in its state folder have to be restored there"
+        )
 
 
 def _plan_of(message: Message) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client import policy as policies
 from fedmix.config.reading import read_yaml
+from fedmix.deployment.fingerprint import fingerprint
 from fedmix.deployment.ledger import Ledger
 from fedmix.deployment.units import write_unit
 from fedmix.disk import reason_of, write_whole
@@ -117,6 +117,11 @@ class Home:
         return self.folder / "state"
 
     @property
+    def scored_file(self) -> Path:
+        """Which patients this site has scored models on, as hashes."""
+        return self.folder / "scored.json"
+
+    @property
     def logs(self) -> Path:
         """What the agent's programs say."""
         return self.folder / "logs"
@@ -205,7 +210,7 @@ def create(folder: Path, settings: Settings, ca: bytes) -> Home:
     _write_unit(home, settings)
     # Last: a home with settings is whole.
     write_whole(home.settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
-    home.ledger().append("created", site=settings.name, key=fingerprint(home.public_key))
+    home.ledger().append("created", site=settings.name, key=fingerprint(home.public_key.read_text()))
     return home
 
 
@@ -213,8 +218,3 @@ def _write_unit(home: Home, settings: Settings) -> None:
     """A systemd unit for the agent, in systemd/; its name tells it from that of another site on this machine."""
     notes = NOTES.format(home=home.folder, coordinator=settings.coordinator, shard=settings.shard).splitlines()
     write_unit(home.folder, f"fedmix-site-{settings.name}", role=f"site {settings.name}", notes=notes, words=["site", "start"])
-
-
-def fingerprint(public_key: Path) -> str:
-    """SHA-256 of a public key file's key, to be read out over the telephone; its comment does not count."""
-    return hashlib.sha256(public_key.read_text().split()[1].encode()).hexdigest()

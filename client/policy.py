@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmix import config
+from fedmix.config.base import OpenFraction
 from fedmix.config.evaluating import MIN_PATIENTS
 from fedmix.config.reading import MAX_CONFIG_BYTES, read_yaml
 from fedmix.disk import reason_of
@@ -48,7 +49,12 @@ class Privacy(Part):
     """What a plan must have before this site takes part."""
 
     mode: Literal["none", "dp", "noisy_updates", "central_noise"] = "none"
-    epsilon: float | None = Field(default=None, gt=0.0, description="largest privacy loss of all plans together")
+    epsilon: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="largest privacy loss of all plans together; under central_noise of a run, for the server counts it",
+    )
+    delta: OpenFraction = Field(default=1e-5, description="largest delta that a plan may count that loss with")
     secure_sum: bool = False
 
 
@@ -77,7 +83,7 @@ class Policy(Part):
         if not self.hours.hold(now.hour):
             raise PolicyError(
                 f"this site takes part from {self.hours.begin} to {self.hours.end} o'clock of its local time, it is {now.hour} "
-                "there; the next round within these hours finds it again"
+                "there; a run that goes on, or is resumed, within these hours finds it again"
             )
 
     def check_privacy(self, offered: config.Privacy) -> None:
@@ -91,6 +97,11 @@ class Policy(Part):
         if wanted.epsilon is not None and (offered.epsilon is None or offered.epsilon > wanted.epsilon):
             asked = "no limit" if offered.epsilon is None else f"{offered.epsilon:g}"
             raise PolicyError(f"this site's policy gives an epsilon of {wanted.epsilon:g} at most, the plan asks for {asked}")
+        if wanted.epsilon is not None and offered.delta > wanted.delta:  # a larger one makes the same steps look cheaper
+            raise PolicyError(
+                f"this site's policy counts privacy loss with a delta of {wanted.delta:g} at most, the plan with "
+                f"{offered.delta:g}"
+            )
 
     def check_secure_sum(self, offered: config.SecureSum | None) -> None:
         """Refuse a plan that shows the coordinator this site's updates, where this site asks for secure sums."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord
 
+from client import scored
 from client.fields import check_fields
 from client.home import Home
-from client.scores import check_asked
+from client.scores import asked_of, check_asked
 from fedmix.data.shard import Shard
 from fedmix.errors import ConfigError, PolicyError
 from fedmix.federation import scoring
@@ -40,11 +40,14 @@ def check_scores(admitted: Admitted, home: Home, message: Message, answer: Messa
     known = scoring.measures_of(admitted.stream, admitted.experiment.trained_on)
     if set(scores) - set(known) or not all(map(_is_pair, scores.values())):
         raise PolicyError("the reply holds scores that are no pairs of sum and weight of this site's measures")
-    if scores and _num_patients(admitted) < admitted.policy.min_patients:
+    patients = _patients(admitted)
+    if scores and len(patients) < admitted.policy.min_patients:
         raise PolicyError("the reply holds scores of fewer patients than this site's policy lets one be of")
     answered = [one for one in home.ledger().entries() if (one["event"], one.get("kind")) == ("sent", "evaluate")]
     if sum(one["plan"] == admitted.plan for one in answered) >= MAX_ANSWERS:
         raise PolicyError(f"this site has scored {MAX_ANSWERS} models under the plan, and scores no more")
+    if scores:
+        scored.check_apart(home, patients, admitted.policy.min_patients)
 
 
 def _is_pair(pair: object) -> bool:
@@ -56,6 +59,7 @@ def _is_pair(pair: object) -> bool:
     )
 
 
-def _num_patients(admitted: Admitted) -> int:
+def _patients(admitted: Admitted) -> frozenset[str]:
     shard = Shard.open(admitted.shard, verify=False)
-    return len(np.unique(shard.patient[scoring.held_out(shard, admitted.stream, 0)]))
+    site = next(site for site in admitted.experiment.data.sites if site.name == admitted.site)
+    return scored.patients_of(shard, asked_of(shard, site, admitted.experiment)[1])

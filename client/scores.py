@@ -8,6 +8,7 @@ from flwr.app import Message
 from client import messages, parameters
 from client.place import Place, check_shard, experiment_of, learner_of, site_of
 from fedmix import config
+from fedmix.data.loading import Indices
 from fedmix.data.shard import Shard
 from fedmix.errors import ConfigError
 from fedmix.federation import scoring
@@ -25,12 +26,18 @@ def scores(message: Message, place: Place) -> Message:
     check_shard(shard, site, experiment)
     learner = learner_of(place.experiment, experiment.stages[-1].name)
     parameters.load_whole(learner.model, order)
-    seed = seed_of(experiment.seed, site.name, "scores")
-    held = scoring.Held(shard, scoring.held_out(shard, site.stream, seed), learner.word_ids, seed)
+    seed, rows = asked_of(shard, site, experiment)
+    held = scoring.Held(shard, rows, learner.word_ids, seed)
     names = scoring.measures_of(site.stream, experiment.trained_on)
     return messages.scores_reply(
         message, order, site.name, scoring.score(learner.model, held, names, min_patients=place.min_patients)
     )
+
+
+def asked_of(shard: Shard, site: config.Site, experiment: config.Experiment) -> tuple[int, Indices]:
+    """The seed that decides what is hidden, and the held-out studies that a site scores a model on."""
+    seed = seed_of(experiment.seed, site.name, "scores")
+    return seed, scoring.held_out(shard, site.stream, seed)
 
 
 def check_asked(fingerprint: str, round_number: int, experiment: config.Experiment) -> None:

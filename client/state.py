@@ -67,8 +67,8 @@ class SiteState:
             return Memory(moments, load_file(newest))
         except (SafetensorError, OSError) as error:
             raise RunError(
-                f"the optimiser state kept at this site cannot be read ({type(error).__name__}); remove the site's state "
-                "folder to go on with fresh moments, or start the run anew"
+                f"the optimiser state kept at this site cannot be read ({type(error).__name__}); remove the run's "
+                "folder in the site's state folder to go on with fresh moments, or start the run anew"
             ) from None
 
     def keep_moments(self, round_number: int, moments: Mapping[str, Tensor]) -> None:

@@ -115,14 +115,6 @@ class Batch:
         """Bool [B]: studies with both an image and a report."""
         return self.has_image & self.has_text
 
-    def paired_image_rows(self) -> Tensor:
-        """Rows of ``image`` that belong to paired studies, in study order."""
-        return self.is_paired[self.has_image].nonzero().flatten()
-
-    def paired_text_rows(self) -> Tensor:
-        """Rows of ``text`` that belong to paired studies, in study order."""
-        return self.is_paired[self.has_text].nonzero().flatten()
-
     def counts(self) -> dict[Stream, int]:
         """Number of studies of each stream."""
         num_paired = int(self.is_paired.sum())

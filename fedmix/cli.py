@@ -98,8 +98,9 @@ def simulate(
         page = run(experiment, folder, engine_name=engine.value, resume=resume, view=Screen(live))
     report = read_report(folder)
     out_console.print(final_table(report), *remarks(report), sep="\n")
-    ratio = report.timing.overhead_ratio
-    out_console.print(f"overhead_ratio {ratio:.3f}" if ratio is not None else "")
+    if (ratio := report.timing.overhead_ratio) is not None:
+        about = "wall time of the rounds over the time in which a site was training; 1 is none"
+        out_console.print(Text(f"overhead ratio {ratio:.3f}: {about}"), soft_wrap=True)
     out_console.print(Text(f"report: {page}"), soft_wrap=True)
 
 
@@ -299,10 +300,9 @@ def compare(
 
     Example:  fedmix compare runs/compare --out comparison.html
     """
+    from fedmix.report.comparison import side_by_side
     from fedmix.report.html import write_comparison, write_study
-    from fedmix.report.measures import compare_table
     from fedmix.report.study import is_study, read_study
-    from fedmix.report.summary import read_report
     from fedmix.report.terminal import grid_table
 
     are_studies = [is_study(run) for run in runs]
@@ -312,9 +312,11 @@ def compare(
         _show_studies(runs)
         page = None if out is None else write_study(out, [read_study(run) for run in runs])
     else:
-        reports = [read_report(run) for run in runs]
-        out_console.print(grid_table(compare_table(reports), "run"))
-        page = None if out is None else write_comparison(out, reports)
+        found = side_by_side(runs)
+        if found.warning:
+            out_console.print(Text(found.warning, style="yellow"))
+        out_console.print(grid_table(found.grid, "run"))
+        page = None if out is None else write_comparison(out, found)
     if page is not None:
         out_console.print(Text(str(page)), soft_wrap=True)
 
@@ -325,7 +327,7 @@ def _show_studies(folders: Sequence[Path]) -> None:
     from fedmix.report.study_terminal import study_tables
 
     for folder in folders:
-        for part in study_tables(compared(read_study(folder)), out_console.width):
+        for part in study_tables(compared(read_study(folder))):
             out_console.print(part)
 
 
@@ -334,7 +336,7 @@ def bench(
     name: Annotated[str | None, typer.Argument(help="one bench; all if left out")] = None,
     case: Annotated[str | None, typer.Option(help="one case of it; all if left out")] = None,
 ) -> None:
-    """Measure speed as ratios side by side in one run, one JSON line a case.
+    """Measure speed as ratios side by side in one run, one JSON line a case. Benches: step, federation, prepare, privacy.
 
     Example:  fedmix bench federation --case overhead
     """

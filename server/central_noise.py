@@ -5,6 +5,9 @@ hidden. Where all that one site holds is replaced, the mean of group g moves by 
 noise of deviation sigma 2 C p_g sqrt(G) on every number of the G groups is one Gaussian of noise multiplier sigma. Every site
 is charged every round. The ledger, ``privacy.jsonl`` of the run folder, is written before the round is committed: a kill
 between the two counts too much and never too little.
+
+What it does not cover: weights and noise follow from whose updates were taken, so the model shows how many a round had, and
+screening, which looks at data, is part of that. A site whose data have it refused is seen to be missing.
 """
 
 from __future__ import annotations

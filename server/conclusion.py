@@ -159,7 +159,8 @@ def write_report(
             "local_train_s": totals["local_train_s"],
             "aggregate_s": totals["aggregate_s"],
             "evaluate_s": evaluation["seconds"] + sum(one["seconds"] for one in found.values()),
-            "overhead_ratio": totals["rounds_s"] / totals["local_train_s"],
+            # Sites whose clocks stand still say that they trained in no time; the rounds were no worse for it.
+            "overhead_ratio": totals["rounds_s"] / totals["local_train_s"] if totals["local_train_s"] else None,
         },
         aggregation={
             "rule": experiment.aggregation.rule,

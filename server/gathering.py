@@ -139,11 +139,15 @@ class Gathering:
         return {one: replace(sent, until=sent.until + took) for one, sent in waiting.items()}
 
     def _present(self, current: Round, chosen: Sequence[config.Site]) -> list[config.Site]:
-        """The sites whose agents are connected; the others are dropped."""
-        away = self._roster.away(site.name for site in chosen)
-        for site in sorted(away):
-            current.drop(site, "its agent is not connected")
-        return [site for site in chosen if site.name not in away]
+        """The sites that are known and whose agents are connected; the others are dropped."""
+        self._roster.welcome()
+        known = [site for site in chosen if site.name not in self._roster.absent]
+        away = self._roster.away(site.name for site in known)
+        why = dict.fromkeys(sorted(away), "its agent is not connected")
+        for site, reason in (self._roster.absent | why).items():
+            if site in {one.name for one in chosen}:
+                current.drop(site, reason)
+        return [site for site in known if site.name not in away]
 
     def _agreed(self, current: Round, secure: SecureRound, chosen: Sequence[config.Site]) -> list[config.Site]:
         """The sites that have exchanged their keys for a secure sum; the others are dropped."""

@@ -98,8 +98,7 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer, *,
     patients: list[str] = []
     is_train: list[bool] = []
     image_row: list[int] = []
-    views: list[str] = []
-    sites: list[str] = []
+    groups: dict[str, list[str]] = {"view": [], "sex": [], "age_band": [], "site": []}
     names = sorted({name for shard in shards for name in shard.label_names})
     for number, shard in enumerate(shards, 1):
         columns = [names.index(name) for name in shard.label_names]
@@ -115,8 +114,9 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer, *,
             labels.append(line)
             patients.append(str(shard.patient[row]))
             is_train.append(shard.split[int(row)] == "train")
-            views.append(shard.view[int(row)])
-            sites.append(f"shard {number}")  # in the order given: a folder's name may say more than may leave
+            for kind, said in (("view", shard.view), ("sex", shard.sex), ("age_band", shard.age_band)):
+                groups[kind].append(said[int(row)])
+            groups["site"].append(f"shard {number}")  # in the order given: a folder's name may say more than may leave
     stacked = np.stack(images) if images else None
     return HeldOut(
         images=stacked,
@@ -127,7 +127,7 @@ def of_shards(shards: Sequence[Shard], image_size: int, tokenizer: Tokenizer, *,
         is_probe_train=np.array(is_train),
         mean_image=_mean_image(stacked, image_row, is_train),
         image_row=np.array(image_row),
-        groups={"view": np.array(views), "site": np.array(sites)},
+        groups={kind: np.array(names) for kind, names in groups.items()},
     )
 
 

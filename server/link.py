@@ -7,19 +7,55 @@ link answers one request with an error; by then it has confirmed the replies bef
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import httpx
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.superlink.grid import HttpGrid
 
 UNREADABLE = 1006
+ODD_BYTES, TIMES_ORDER = 16 << 20, 4  # of a reply at most: what is no weights, and weights, masked or as numbers and places
 PULL_S = 0.5  # a reply ends the wait; this is how long nothing at all may happen
 log = logging.getLogger(__name__)
+
+
+class TooLargeError(Exception):
+    """A reply has more bytes than any that was asked for."""
+
+
+class Meter:
+    """Flower's client of a SuperLink, which fetches no more of a reply's objects than ``left`` bytes."""
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._lock, self.left = client, threading.Lock(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Every other call as it is."""
+        return getattr(self._client, name)
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802, Flower's name
+        """An object; raises TooLargeError at the first one that is too much. Several are fetched at a time."""
+        response: PullObjectResponse = self._client.PullObject(request)
+        with self._lock:
+            self.left -= len(response.object_content)
+            if self.left < 0:
+                raise TooLargeError
+        return response
+
+
+def metered(grid: HttpGrid) -> Meter:
+    """The meter of a Grid's client, which is put there the first time and after a reconnection."""
+    client: object = grid._runtime_client
+    meter = client if isinstance(client, Meter) else Meter(client)
+    vars(grid)["_client"] = meter
+    return meter
 
 
 class LinkGrid(Grid):
@@ -32,6 +68,7 @@ class LinkGrid(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._most_bytes = ODD_BYTES  # of a reply, before anything reads it
 
     def set_run(self, run: Any) -> None:
         """Flower's own business."""
@@ -68,6 +105,7 @@ class LinkGrid(Grid):
         """Send messages one by one; the id of one that the SuperLink would not take is empty."""
         ids: list[str] = []
         for message in messages:
+            self._most_bytes = max(self._most_bytes, ODD_BYTES + TIMES_ORDER * _num_bytes(message))
             try:
                 ids.extend(one or "" for one in self._grid.push_messages([message]))
             except (httpx.HTTPError, ObjectPushError) as error:
@@ -78,11 +116,16 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """One reply to any of these messages, if one has come; otherwise none, after a moment."""
         for message_id in message_ids:
+            if isinstance(self._grid, HttpGrid):
+                metered(self._grid).left = self._most_bytes
             try:
                 replies = list(self._grid.pull_messages([message_id]))
             except httpx.HTTPError as error:
                 log.warning("the SuperLink cannot hand over a reply: %s", _what(error))
                 continue
+            except TooLargeError:
+                log.warning("a reply is larger than %d bytes and was not fetched whole", self._most_bytes)
+                return [_unreadable(message_id, "its reply is larger than any update of what it was sent")]
             except Exception as error:  # whatever the decoder trips over, it is this one reply that is wrong
                 log.warning("a reply cannot be read: %s", type(error).__name__)
                 return [_unreadable(message_id)]
@@ -116,8 +159,15 @@ def _what(error: Exception) -> str:
     return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
 
 
-def _unreadable(message_id: str) -> Message:
+def _num_bytes(message: Message) -> int:
+    """What an order holds of weights."""
+    if not message.has_content():
+        return 0
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+
+def _unreadable(message_id: str, why: str = "its reply cannot be decoded; are both of one version?") -> Message:
     """What a round takes in place of a reply that cannot be decoded."""
     asked = Message(RecordDict(), 0, "train")
     asked.metadata.__dict__["_message_id"] = message_id
-    return Message(Error(code=UNREADABLE, reason="its reply cannot be decoded; are both of one version?"), reply_to=asked)
+    return Message(Error(code=UNREADABLE, reason=why), reply_to=asked)

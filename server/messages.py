@@ -28,7 +28,7 @@ FEDMIX_CODES = range(1000, 1100)  # errors raised by fedmix at a site or in an e
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 FLOWERS_ERRORS = {
-    ErrorCode.MESSAGE_UNAVAILABLE: "its order or its answer was lost on the way",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its agent ended, or its order or answer was lost on the way",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer came too late",
     ErrorCode.NODE_UNAVAILABLE: "its agent went offline",
     ErrorCode.CLIENT_APP_CRASHED: "the program that answers for it stopped without a word (killed, or out of memory?)",
@@ -110,13 +110,10 @@ def read_greeting(message: Message) -> Greeting:
         said = message.content.config_records["greeting"]
     except (KeyError, ValueError):
         raise UpdateError("a node answered something that is no greeting; is its fedmix of this version?") from None
-    return Greeting(
-        typed(said, "site", str),
-        typed(said, "stream", str),
-        typed(said, "fingerprint", str),
-        typed(said, "studies", int),
-        _head(said),
-    )
+    studies = typed(said, "studies", int)
+    if studies < 1:  # a site's weight is at most what it registers, and a negative one would turn the mean round
+        raise UpdateError(f"the site registers {studies} training studies; a site that takes part has at least one")
+    return Greeting(typed(said, "site", str), typed(said, "stream", str), typed(said, "fingerprint", str), studies, _head(said))
 
 
 def order_content(

@@ -37,18 +37,28 @@ class Roster:
         self.studies: dict[str, int] = {}
         self._held: dict[str, dict[str, str]] = {}  # site -> group -> digest
         self._given_up: set[str] = set()
+        self._goes_on_without = False
+        self.absent: dict[str, str] = {}  # site -> why a run that was taken up goes on without it for now
 
-    def greet(self) -> None:
+    def greet(self, *, is_taken_up: bool = False) -> None:
         """Learn which node is which site; every site of the experiment must be there and run the same experiment.
 
-        A node that goes offline before it has answered is waited for, and asked again.
+        A node that goes offline before it has answered is waited for, and asked again. A run over real sites that is taken
+        up goes on without those that do not come or refuse: its quorum says how many it needs, and ``welcome`` lets them in.
         """
+        self._goes_on_without = is_taken_up and self._books is not None
         deadline = time.monotonic() + GREETING_DEADLINE_S
         while self._ask(self._wait_for_nodes(deadline)) and time.monotonic() < deadline:
             pass
         missing = [site.name for site in self._experiment.data.sites if site.name not in self.nodes]
-        if missing:
+        if missing and not self._goes_on_without:
             raise RunError(f"no node answered for {', '.join(missing)}; start their agents, or take them out of data.sites")
+        self.absent = dict.fromkeys(missing, "its agent has not come since the run was taken up") | self.absent
+
+    def welcome(self) -> None:
+        """Ask sites that a run was taken up without, and whose agents are connected by now, who they are."""
+        if self.absent:
+            self._ask({node.node_id: node.name for node in self._grid.get_nodes() if node.name in self.absent})
 
     def away(self, sites: Iterable[str]) -> set[str]:
         """Those of some sites whose agents are not connected, once they have had time to come back.
@@ -109,7 +119,13 @@ class Roster:
         node_of = {query.metadata.message_id: query.metadata.dst_node_id for query in asked}
         for answer in answers:
             node_id = node_of[answer.metadata.reply_to_message_id]
-            self._know(self._read(answer, registered[node_id]), node_id)
+            name = registered[node_id]
+            try:
+                self._know(self._read(answer, name), node_id)
+            except RunError as error:
+                if not self._goes_on_without:
+                    raise
+                self.absent[name] = str(error).removeprefix(f"site {name}: ")
         return any(map(messages.is_offline, answers))
 
     def _know(self, greeting: messages.Greeting | None, node_id: int) -> None:
@@ -124,6 +140,7 @@ class Roster:
             raise RunError(f"two nodes answer as site {greeting.site}; stop one of its agents")
         self.nodes[greeting.site] = node_id
         self.studies[greeting.site] = greeting.studies
+        self.absent.pop(greeting.site, None)
 
     def _read(self, answer: Message, name: str) -> messages.Greeting | None:
         """A node's greeting, written down, or None if it went offline; raises RunError with its own reason if it refused."""
@@ -153,6 +170,8 @@ class Roster:
             if len(nodes) >= len(sites):
                 return nodes
             if time.monotonic() > deadline:
+                if nodes and self._goes_on_without:
+                    return nodes
                 missing = f" ({', '.join(sorted(set(sites) - set(nodes.values())))} missing)" if self._books is not None else ""
                 raise RunError(f"{len(nodes)} of {len(sites)} nodes came within {GREETING_DEADLINE_S:.0f} s{missing}")
             time.sleep(GREETING_POLL_S)

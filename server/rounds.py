@@ -66,7 +66,7 @@ class RoundLoop:
         if committed.round_number:
             self._tell(committed)  # a kill may have come between the commit and what follows it
         if committed.round_number < self._experiment.num_rounds:
-            self._roster.greet()
+            self._roster.greet(is_taken_up=committed.round_number > 0)
         failed_in_a_row = 0
         while committed.round_number < self._experiment.num_rounds:
             done = self._round(committed, failed_in_a_row)

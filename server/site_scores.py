@@ -93,11 +93,14 @@ def gather(
     found = _unscored((site.name for site in sites), NO_ANSWER)
     try:
         if not roster.nodes:  # a run that was taken up after its last round
-            roster.greet()
-        away = roster.away(site.name for site in sites)
+            roster.greet(is_taken_up=True)
+        known = [site for site in sites if site.name not in roster.absent]
+        away = roster.away(site.name for site in known)
         found |= _unscored(away, "its agent is not connected")
+        for name in set(found) & set(roster.absent):
+            found |= _unscored([name], roster.absent[name])
         found |= Asking(grid, experiment, store.run_id, roster, books).ask(
-            [site for site in sites if site.name not in away], committed
+            [site for site in known if site.name not in away], committed
         )
     except RunError as error:  # the model is trained: that an agent has left is no reason to lose its report
         found = _unscored(found, str(error))

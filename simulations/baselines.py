@@ -23,6 +23,7 @@ Overrides are merged before the name is looked at, so ``one_shot: {seed: 5}`` me
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,13 @@ SPECIAL: dict[str, Callable[[config.Experiment, Mapping[str, Path], Tokenizer], 
 }
 
 
+def check(experiment: config.Experiment) -> None:
+    """Raise ConfigError if a baseline's meaning does not fit the experiment, before anything is trained."""
+    for name in experiment.baselines:
+        if name not in SPECIAL:
+            federated(experiment, name)
+
+
 def federated(experiment: config.Experiment, name: str) -> dict[str, config.Experiment]:
     """The runs that a baseline stands for, by their names in the report: one, or for local_only and leave_one_out one a site.
 
@@ -186,18 +194,35 @@ def _alone(experiment: config.Experiment, site: config.Site) -> config.Experimen
     ]
     if not stages:
         raise ConfigError(f"baselines.local_only: site {site.name} takes part in no stage, so it cannot be trained alone")
-    return _changed(experiment, stages=stages)
+    return _changed(experiment, stages=stages, federation=_quorum_of(experiment, [[site]]), secure_sum=None)
 
 
 def _without(experiment: config.Experiment, left_out: config.Site) -> config.Experiment:
     """The stages with their other sites; one that only this site trains in falls away."""
-    stages = []
+    stages, sites_of_stage = [], []
     for stage in experiment.stages:
-        others = [site.name for site in config.sites_of(stage, experiment.data.sites) if site != left_out]
-        stages += [stage.model_dump(mode="json") | {"sites": others}] if others else []
+        others = [site for site in config.sites_of(stage, experiment.data.sites) if site != left_out]
+        if others:
+            stages.append(stage.model_dump(mode="json") | {"sites": [site.name for site in others]})
+            sites_of_stage.append(others)
     if not stages:
         raise ConfigError(f"baselines.leave_one_out: without {left_out.name} no site is left; take this baseline out")
-    return _changed(experiment, stages=stages)
+    return _changed(experiment, stages=stages, federation=_quorum_of(experiment, sites_of_stage))
+
+
+def _quorum_of(experiment: config.Experiment, sites_of_stage: Sequence[Sequence[config.Site]]) -> dict[str, Any]:
+    """The federation with a quorum that the sites of every stage can meet; a smaller one stays as it is."""
+    federation = experiment.federation
+    streams: Counter[str] = Counter(
+        site.stream for site in {site.name: site for sites in sites_of_stage for site in sites}.values()
+    )
+    quorum = {
+        "min_sites": min(federation.min_sites, *map(len, sites_of_stage)),
+        "min_sites_of_stream": {
+            stream: min(count, streams[stream]) for stream, count in federation.min_sites_of_stream.model_dump().items()
+        },
+    }
+    return federation.model_dump(mode="json") | quorum
 
 
 def _under_rule(experiment: config.Experiment, rule: str, *, keep_stages: bool) -> config.Experiment:

@@ -69,7 +69,5 @@ def _experiment_of(experiment: config.Experiment, regime: str, seed: int, folder
         if site["phantom"] is not None:  # hashed, so that no sum of seeds meets the held-out set's
             site["phantom"]["seed"] = seed_of(seed, "phantoms", site["phantom"]["seed"]) % 2**31
     cell = config.build(values, source=f"study.regimes.{regime}")
-    for name in cell.baselines:
-        if name not in baselines.SPECIAL:
-            baselines.federated(cell, name)
+    baselines.check(cell)
     return cell

@@ -78,6 +78,7 @@ def simulate(
     ``running``, to be taken up with ``resume``.
     """
     attacks.check(experiment, engine_name)
+    baselines.check(experiment)
     store = RunStore(out, experiment, resume=resume)
     for name in store.damaged:
         view.say(f"checkpoint {name} is damaged and was passed over; its round is trained again")

@@ -161,6 +161,20 @@ class World:
         return [(row["round"], row["site"]) for row in self.seen if row["event"] == "site"]
 
 
+class Silent:
+    """A view that shows nothing and keeps what it is told in sentences."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, total_rounds: int, sites: Any) -> None: ...
+
+    def update(self, row: Any) -> None: ...
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
 class AtOnce(Grid):
     """A Grid that has every reply when its message is pushed (``push_messages``, of who inherits it), in ``replies``."""
 

@@ -133,3 +133,17 @@ def test_nothing_inside_fedmix_imports_flower() -> None:
 def test_there_is_a_file_in_every_room() -> None:
     """An empty search would pass every test above."""
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(ROOMS)
+
+
+def test_nothing_that_runs_at_a_site_reads_the_sex_or_age_of_a_shard() -> None:
+    reading = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("sex", "age_band")
+    }
+    made_with = {
+        *("fedmix/data/shard.py", "fedmix/data/shard_writer.py", "fedmix/data/layouts/table.py"),
+        *("fedmix/data/prepare/pipeline.py", "fedmix/data/prepare/reading.py"),
+    }
+    assert reading == made_with | {"server/held_out.py"}  # preparing a shard, and the coordinator's own held-out set

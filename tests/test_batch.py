@@ -94,10 +94,3 @@ def test_counts_are_those_of_the_studies(kinds: str) -> None:
     letters = {"image": "i", "text": "t", "paired": "p"}
     assert batch.counts() == {stream: kinds.count(letters[stream]) for stream in STREAMS}
     assert len(batch) == len(kinds)
-
-
-def test_paired_rows_point_at_the_same_studies_on_both_sides() -> None:
-    """Image rows belong to studies 0 1 3 4, text rows to 1 2 3 5; studies 1 and 3 have both."""
-    batch = tiny.batch("iptpit")
-    assert batch.paired_image_rows().tolist() == [1, 2]
-    assert batch.paired_text_rows().tolist() == [0, 2]

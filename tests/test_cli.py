@@ -28,6 +28,7 @@ from fedmix.commands.prepare import LayoutChoice
 from fedmix.data.layouts.registry import LAYOUTS
 from server.model_folder import save_model
 from server.store import RunStore
+from simulations.bench.cases import BENCHES
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -290,6 +291,11 @@ def test_a_sheet_that_cannot_be_written_is_one_sentence(name: str, run: Run) -> 
     assert said.startswith(f"cannot write {name}")
 
 
+def test_help_names_every_bench(run: Run) -> None:
+    _, out, _ = run("bench", "--help")
+    assert f"Benches: {', '.join(BENCHES)}." in " ".join(out.split())
+
+
 def test_an_unknown_bench_is_one_sentence(run: Run) -> None:
     assert "no bench 'nosuch'; there are step, federation, prepare" in sentence(run("bench", "nosuch"))
 
@@ -307,8 +313,8 @@ def test_a_study_is_compared_by_its_methods_and_never_with_a_run(run: Run, tmp_p
     (tmp_path / "study/config.yaml").write_text(yaml.safe_dump(wanted))
     code, out, err = run("compare", "study", "--out", "page.html")
     assert (code, err) == (0, "")
-    assert "0 of 2 cells (1 regime, 2 seeds) are complete." in out
-    assert "0 of 2 cells" in (tmp_path / "page.html").read_text()
+    assert "0 of 2 runs complete: 1 regime, 2 seeds." in out
+    assert "0 of 2 runs" in (tmp_path / "page.html").read_text()
     assert run("report", "study")[0] == 0
     assert (tmp_path / "study/compare.html").exists()
     (tmp_path / "run").mkdir()
@@ -347,6 +353,25 @@ def test_an_unreadable_picture_is_left_out_with_its_code_and_the_command_succeed
     lines = (tmp_path / "shard/quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["code"] for line in lines] == ["image_broken"]
     assert "9.png" not in (tmp_path / "shard/quarantine.jsonl").read_text()
+
+
+def test_sex_and_age_band_go_in_only_where_the_command_asks_for_them(run: Run, tmp_path: Path) -> None:
+    path = table(tmp_path / "data", 6, 0) / "studies.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{header},sex,age", *(f"{row},F,83" for row in rows)]))
+    prepare = ("prepare", "table", "data", "--size", "48", "--workers", 1, "--out")
+    code, out, _ = run(*prepare, "usual")
+    assert (code, "--keep-characteristics" in out) == (0, False)
+    code, out, _ = run(*prepare, "kept", "--keep-characteristics")
+    assert code == 0
+    assert "Sex is kept of 6 and the age band of 6 studies" in out
+    said = {name: json.loads((tmp_path / name / "shard.json").read_text())["deidentification"] for name in ("usual", "kept")}
+    options = {name: one["options"]["Retain Patient Characteristics"] for name, one in said.items()}
+    assert options["usual"].startswith("not applied")
+    assert options["kept"].startswith("applied")
+    checked = run("shard", "check", "kept")[1]
+    assert "view unknown" in checked
+    assert not {"sex", "80+", "age"} & set(checked.replace(":", " ").split())
 
 
 def test_too_many_unreadable_pictures_fail_the_command_and_leave_no_shard(run: Run, tmp_path: Path) -> None:
@@ -508,6 +533,7 @@ def test_a_model_is_audited_on_a_tiny_shard(model: Path, run: Run, tmp_path: Pat
     assert "Whole patients" in out
     found = json.loads((tmp_path / "found/leakage.json").read_text())
     assert found["membership"]["patient"]["auc"] == 0.5, "a model is no better than itself"
+    assert found["audited"]["weights_sha256"]
     assert "What this model gives away" in (tmp_path / "found/leakage.html").read_text()
     assert "/proc/found" in sentence(run("audit", model, *both, "--out", "/proc/found"))
     shutil.copytree(next((tmp_path / "phantoms").iterdir()), tmp_path / "trained")

@@ -4,6 +4,7 @@ be found again.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +95,7 @@ def audit(
         if ends is not None:
             seen = subjects.words_trained_on(trained)
             found["update"] = leakage.update_report(ends, people, tokenizer, seen, settings=settings)
-    _write(out, found)
+    _write(out, found, model)
 
 
 def canaries(
@@ -157,11 +158,12 @@ def _of_its_kind(folder: Path, attacked: Loaded, what: str) -> MixedModel:
     return model
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
+def _write(out: Path, found: dict[str, Any], model: Path) -> None:
     """leakage.json, leakage.html, and a table on the terminal."""
     from fedmix.report.files import write_json
-    from fedmix.report.leakage import rows, write_leakage
+    from fedmix.report.leakage import audited, rows, write_leakage
 
+    found["audited"] = audited(model, datetime.now(UTC))
     write_json(out / "leakage.json", found)
     table = Table("attack", "AUC or points", "95 %", "what it means", box=None)
     for row in rows(found):

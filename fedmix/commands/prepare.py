@@ -84,6 +84,13 @@ Reports = Annotated[
 ]
 Unmarked = Annotated[bool, typer.Option("--unmarked/--no-unmarked", help="take DICOM images whose BurnedInAnnotation is blank")]
 Captures = Annotated[bool, typer.Option("--captures", help="take DICOM secondary captures, which may show a name")]
+KeepCharacteristics = Annotated[
+    bool,
+    typer.Option(
+        "--keep-characteristics",
+        help="keep sex and age band (0-17, 18-39, 40-59, 60-79, 80+) for subgroups of an evaluation; table: columns sex, age",
+    ),
+]
 Encoding = Annotated[str | None, typer.Option(help="of texts that are not UTF-8, such as cp1252; else refused")]
 Lang = Annotated[str, typer.Option(help="table, dicom: language of the texts where no column lang says, such as en or pt-BR")]
 Part = Annotated[
@@ -127,6 +134,7 @@ def prepare(
     reports: Reports = None,
     unmarked: Unmarked = True,
     captures: Captures = False,
+    keep_characteristics: KeepCharacteristics = False,
     encoding: Encoding = None,
     lang: Lang = "",
     part: Part = None,
@@ -178,6 +186,7 @@ def prepare(
         views=views.value if views else None,
         takes_unmarked=unmarked,
         takes_captures=captures,
+        keeps_characteristics=keep_characteristics,
         max_bad_share=max_bad_share,
         replace=replace,
         fresh=fresh,

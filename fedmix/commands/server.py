@@ -82,9 +82,11 @@ def register(
     Example:  fedmix server register north --key north/key.pub
     """
     at = _home(home)
+    from fedmix.deployment.fingerprint import fingerprint
     from server import coordinator
 
     is_new = at.register(site, key)
+    _say(f"the key's fingerprint, which the site should read out to you: {fingerprint(key.read_text())}")
     if coordinator.running(at) is None:
         _say(f"{site} is {'kept' if is_new else 'known'}, and is let in when the coordinator starts")
         return
@@ -191,8 +193,10 @@ def stop(home: Place = HOME) -> None:
 
 def _tables(found: Standing) -> list[Table]:
     sites, runs = Table(title="sites", box=None), Table(title="runs", box=None)
-    for column in ("site", "state", "last came online", "of its answer has come"):
+    for column in ("site", "state", "last came online", "answer received"):
         sites.add_column(column)
+    if not found.sites:
+        sites.add_row("none yet; `fedmix server register` lets one in")
     for site in found.sites:
         sites.add_row(Text(site.name), site.state, Text(site.seen), str(site.arrival or ""))
     for column in ("run", "state", "rounds", "last error"):

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmix.commands.consoles import out_console
-from fedmix.errors import ConfigError
+from fedmix.errors import ConfigError, LedgerError
 
 if TYPE_CHECKING:
     from client.approval import Review
@@ -43,9 +43,10 @@ def init(
 ) -> None:
     """Make a site's home: a key pair, a policy to read and change, a ledger, a systemd unit for the agent.
 
-    Example:  fedmix site init west --coordinator fedmix.example.org:9092 --ca ca.crt --shard shards/west
+    Example:  fedmix site init west --coordinator fedmix.example.org:9443 --ca ca.crt --shard shards/west
     """
     from client import home as homes
+    from fedmix.deployment.fingerprint import fingerprint
 
     try:
         certificate = ca.read_bytes()
@@ -53,7 +54,8 @@ def init(
         raise ConfigError(f"cannot read the coordinator's certificate authority: {error.strerror}") from None
     made = homes.create(home, homes.settings_of(name, coordinator, shard.absolute(), port), certificate)
     _say(f"wrote {made.folder}")
-    _say(f"1. send {made.public_key} to the coordinator, and read out its fingerprint: {homes.fingerprint(made.public_key)}")
+    read_out = fingerprint(made.public_key.read_text())
+    _say(f"1. send {made.public_key} to the coordinator, and read out its fingerprint: {read_out}")
     _say(f"2. read {made.policy_file} and make it yours")
     _say("3. fedmix site doctor")
     _say(f"4. fedmix site start; as a service that starts with this machine: see {made.folder / 'systemd'}")
@@ -199,6 +201,10 @@ def verify(
 
     site = _home(home)
     found = ledgers.verify(site.ledger_file, peer=peer, name=site.settings().name)
+    if not found.entries:
+        raise LedgerError(
+            "the ledger is gone: its first entry was written with this home; put back the newest copy that verifies"
+        )
     held = "" if peer is None else ", and every head that the peer wrote down is in it"
     _say(f"whole: {found.entries} entries, head {found.head}{held}")
 
@@ -238,7 +244,10 @@ def _reviewed(found: Review) -> list[tuple[str, str]]:
         ("leaves in a round", f"the change of {leaving}"),
         ("", "losses as sums, the number of studies processed, when training began and ended"),
         *(("leaves at the end", sentence) for sentence in _scored(found)),
-        ("bytes, at most", f"{found.bytes_a_round} a round, {total} in all, repeated rounds apart"),
+        (
+            "bytes of weights",
+            f"{found.bytes_a_round} a round at most, {total} in all, repeated rounds apart; a message adds some 10 kB and more",
+        ),
         ("never leaves", "images, reports, labels, names, identifiers, paths"),
         ("privacy", _protected(plan.resolved().privacy)),
         ("", _summed(plan.resolved().secure_sum)),

@@ -15,7 +15,8 @@ class Privacy(Section):
     mode: Literal["none", "dp", "noisy_updates", "central_noise"] = Field(
         default="none",
         description="dp is DP-SGD at the sites with patients as the unit. With a whole site as the unit, noisy_updates cuts "
-        "and noises an update before it leaves, and central_noise noises the mean of cut updates at a server that sites trust",
+        "and noises an update before it leaves, and central_noise noises the mean of cut updates at a server that sites trust; "
+        "whose updates were taken is not hidden",
     )
     epsilon: Positive | None = Field(
         default=None,

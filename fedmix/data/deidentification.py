@@ -1,8 +1,9 @@
 """What a shard says of how its patients were protected, in the terms of DICOM PS3.15 Annex E.
 
 fedmix does not rewrite DICOM files by the tables of that annex: it reads a short list of attributes and keeps grey values,
-token ids, split, view and findings, so every attribute that is not named here is gone (action code X). This is a statement
-of what was done, for those who judge whether it is enough; it is no claim of conformity with a profile.
+token ids, split, view and findings, and sex and age band where a site asks for them, so every attribute that is not named
+here is gone (action code X). This is a statement of what was done, for those who judge whether it is enough; it is no claim
+of conformity with a profile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _ACTIONS = {
     "StudyDate and all other dates and times": "X",
     "all other attributes, private ones included": "X",
 }
+# What is said instead where a site keeps patient characteristics: K kept, C replaced by a value of similar meaning.
+_KEPT_ACTIONS = {"PatientSex": "K", "PatientAge": "C"}
+_KEPT_OPTION = {"Retain Patient Characteristics": "applied: sex is kept, age as one of five bands; size is removed"}
 # Options of PS3.15, table E.1-1, by name.
 _OPTIONS = {
     "Clean Pixel Data": "not applied",
@@ -56,3 +60,7 @@ class Deidentification(BaseModel):
     pixels_searched: bool = False
     texts: Literal["not searched", "left out where the gate found something", "searched and kept"] = "not searched"
     texts_kept_with: dict[str, NonNegativeInt] = Field(default_factory=dict)
+
+    def keeping_characteristics(self) -> Deidentification:
+        """The statement of a shard that keeps sex and age band."""
+        return self.model_copy(update={"actions": _KEPT_ACTIONS | self.actions, "options": self.options | _KEPT_OPTION})

@@ -4,7 +4,7 @@
 
     SHARD/ shard.json       schema, counts, image size, tokenizer, size and SHA-256 of each member file, quarantine counts
            studies.parquet  one row a study: keyed hashes of patient and study, split, view, lang, has_image, has_text,
-                            image_row, labels
+                            image_row, labels; sex and age_band where the site asked to keep them
            images.npy       uint8 [num_images, S, S]
            tokens.npy       token ids of all texts, one after the other: uint16, or int32 for 65,536 words and more
            offsets.npy      int64 [num_studies + 1]: where a study's tokens start; equal neighbours mean no text
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from fedmix.data.characteristics import AGE_BANDS, SEXES, UNKNOWN
 from fedmix.data.deidentification import Deidentification
 from fedmix.errors import DataError
 
@@ -52,6 +53,8 @@ STUDIES = pa.schema(
         ("labels", pa.list_(pa.int8())),
     ]
 )
+# Of a site that asked to keep them. A shard of one that did not has the bytes that it always had.
+STUDIES_WITH_CHARACTERISTICS = pa.schema([*STUDIES, ("sex", pa.string()), ("age_band", pa.string())])
 _LANG = STUDIES.get_field_index("lang")
 
 
@@ -103,7 +106,8 @@ class Shard:
     ``has_image``, ``has_text``: bool [N]. ``labels``: int8 [N, F], -1 not known. ``image_row``: int64 [N], -1 absent.
     ``images``: uint8 [num_images, S, S] and ``tokens``: flat, both memory-mapped. ``offsets``: int64 [N + 1].
     ``patient``: keyed hashes [N]. ``lang``: of each text, BCP 47 such as "en", "" where there is none or nobody said (as in
-    shards of before 2026-12). ``stream_counts``: studies with only an image, only a text, both.
+    shards of before 2026-12). ``sex``, ``age_band``: "unknown" throughout where the shard does not keep them.
+    ``stream_counts``: studies with only an image, only a text, both.
     ``image_size`` is 0 where a shard of reports was written without one. ``fingerprint`` covers every member file.
     """
 
@@ -114,6 +118,8 @@ class Shard:
     split: list[str]
     view: list[str]
     lang: list[str]
+    sex: list[str]
+    age_band: list[str]
     has_image: NDArray[np.bool_]
     has_text: NDArray[np.bool_]
     image_row: NDArray[np.int64]
@@ -141,6 +147,8 @@ class Shard:
             split=studies["split"].to_pylist(),
             view=studies["view"].to_pylist(),
             lang=studies["lang"].to_pylist(),
+            sex=studies["sex"].to_pylist(),
+            age_band=studies["age_band"].to_pylist(),
             has_image=_frozen(studies["has_image"].to_numpy()),
             has_text=_frozen(studies["has_text"].to_numpy()),
             image_row=_frozen(studies["image_row"].to_numpy()),
@@ -274,7 +282,10 @@ def _read_studies(path: Path) -> pa.Table:
         raise _fault("studies.parquet", "cannot be read: damaged") from None
     if table.schema.equals(STUDIES.remove(_LANG)):  # written before languages were kept study by study
         table = table.add_column(_LANG, STUDIES.field(_LANG), pa.array([""] * len(table), pa.string()))
-    if not table.schema.equals(STUDIES):
+    if table.schema.equals(STUDIES):
+        for name in ("sex", "age_band"):
+            table = table.append_column(name, pa.array([UNKNOWN] * len(table), pa.string()))
+    if not table.schema.equals(STUDIES_WITH_CHARACTERISTICS):
         raise _fault("studies.parquet", "does not have the columns of its schema")
     if any(column.null_count for column in table.columns):
         raise _fault("studies.parquet", "has empty cells")
@@ -325,3 +336,5 @@ def _check_agreement(shard: Shard) -> None:
         raise _fault("offsets.npy", "runs backwards")
     if not set(shard.split) <= set(SPLITS):
         raise _fault("studies.parquet", "has a split that is none of train, val and test")
+    if not set(shard.sex) <= set(SEXES) or not set(shard.age_band) <= set(AGE_BANDS):
+        raise _fault("studies.parquet", "has a sex or an age band that is not in the list of them")

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from fedmix.data.characteristics import AGE_BANDS, NOT_SAID, SEXES, Characteristics
 from fedmix.data.deidentification import Deidentification
 from fedmix.data.journal import ROW, Journal, Line
 from fedmix.data.keys import hash_of, mark_of
@@ -35,7 +36,17 @@ if TYPE_CHECKING:  # a hospital's preparation starts without torch
     from fedmix.batch import Stream
     from fedmix.data.tokenizer import Tokenizer
 from fedmix.data.array_file import ArrayFile
-from fedmix.data.shard import MEMBERS, SCHEMA_VERSION, SPLITS, STUDIES, VIEWS, member_entry, seal_of, token_type
+from fedmix.data.shard import (
+    MEMBERS,
+    SCHEMA_VERSION,
+    SPLITS,
+    STUDIES,
+    STUDIES_WITH_CHARACTERISTICS,
+    VIEWS,
+    member_entry,
+    seal_of,
+    token_type,
+)
 
 MIN_KEY_BYTES = 16
 _FLUSH_STUDIES = 256
@@ -55,6 +66,7 @@ class _Study:
     image: NDArray[np.uint8] | None
     text: str | None
     labels: Sequence[int]
+    characteristics: Characteristics = NOT_SAID
 
 
 class _Written(NamedTuple):
@@ -68,6 +80,8 @@ class _Written(NamedTuple):
     has_image: bool
     num_words: int
     labels: list[int]
+    sex: str
+    age_band: str
 
 
 class ShardWriter:
@@ -75,6 +89,7 @@ class ShardWriter:
 
     ``key``: the site's secret, at least 16 bytes, for the hashes and for the split. ``split_shares``: train, val and test,
     for patients whose split is not given. ``replace``: an older shard at ``path`` may be replaced, once this one is whole.
+    ``keeps_characteristics``: sex and age band are kept; otherwise a study that says either is refused.
 
     ``mark``: of all that decides what the shard will be. With it, what was ended by ``end_row`` outlives this process, and
     the next writer of the same mark goes on behind it, unless it is told to start ``fresh``.
@@ -90,6 +105,7 @@ class ShardWriter:
         label_names: Sequence[str] = (),
         max_words: int = 128,
         split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        keeps_characteristics: bool = False,
         replace: bool = False,
         mark: str | None = None,
         fresh: bool = False,
@@ -103,6 +119,7 @@ class ShardWriter:
         self._replaces, self._mark, self._starts_fresh = replace, mark, fresh
         self._goal, self._image_size, self._tokenizer, self._key = path, image_size, tokenizer, key
         self._label_names, self._max_words, self._shares = list(label_names), max_words, split_shares
+        self._schema = STUDIES_WITH_CHARACTERISTICS if keeps_characteristics else STUDIES
         self._label_column = {name: column for column, name in enumerate(label_names)}
         self._pending: list[_Study | Line] = []
         self._num_waiting, self._flushed = 0, time.monotonic()
@@ -167,21 +184,26 @@ class ShardWriter:
         labels: Mapping[str, int] | None = None,
         view: str = "unknown",
         lang: str = "",
+        characteristics: Characteristics = NOT_SAID,
         split: str | None = None,
         never_test: bool = False,
     ) -> None:
         """Add one study: ``image`` uint8 [S, S] or None, ``text`` cleaned or None, ``labels`` finding -> 1, 0, -1 (not known).
 
         Findings that are not mentioned are not known. ``view`` is one of ``VIEWS``; ``lang`` is the text's, as BCP 47 has it.
-        Where ``split`` is None it is drawn, with ``never_test`` between train and val only.
+        Where ``split`` is None it is drawn, with ``never_test`` between train and val only. ``characteristics`` only where the
+        shard keeps them.
         """
+        if characteristics != NOT_SAID and self._schema is STUDIES:
+            raise DataError("a study says sex or age band, and this shard is not to keep them; leave them out")
         row = [-1] * len(self._label_names)
         for name, value in (labels or {}).items():
             if name not in self._label_column:
                 raise DataError(f"a study names a finding that is not among the {len(self._label_names)} of the shard")
             row[self._label_column[name]] = value
         place = self._split_of(patient, never_test=never_test) if split is None else split
-        self._add(_Study(patient, study, place, view, "" if text is None else lang, image, text, row))
+        spoken = "" if text is None else lang
+        self._add(_Study(patient, study, place, view, spoken, image, text, row, characteristics))
 
     def quarantine(self, code: str, count: int = 1) -> None:
         """Count something that was left out, by a reason code of ``fedmix.data.quarantine``."""
@@ -254,12 +276,12 @@ class ShardWriter:
         offsets = ArrayFile(self._journal.folder / "offsets.npy", np.dtype(np.int64), ())
         with (
             contextlib.closing(offsets),
-            pq.ParquetWriter(self._journal.folder / "studies.parquet", STUDIES) as studies,
+            pq.ParquetWriter(self._journal.folder / "studies.parquet", self._schema) as studies,
         ):
             position = np.zeros(1, dtype=np.int64)
             offsets.append(position)
             while group := list(itertools.islice(rows, _ROW_GROUP)):
-                studies.write_table(_study_table(group, num_images))
+                studies.write_table(_study_table(group, num_images, self._schema))
                 num_images += sum(row.has_image for row in group)
                 ends = position[-1] + np.cumsum([row.num_words for row in group], dtype=np.int64)
                 offsets.append(ends)
@@ -360,8 +382,9 @@ def write_arrays(
 
 
 def _line(study: _Study, num_words: int) -> Line:
-    has_image, labels = study.image is not None, list(study.labels)
-    return ["study", *_Written(study.patient, study.study, study.split, study.view, study.lang, has_image, num_words, labels)]
+    has_image, labels, said = study.image is not None, list(study.labels), study.characteristics
+    names = (study.patient, study.study, study.split, study.view, study.lang)
+    return ["study", *_Written(*names, has_image, num_words, labels, said.sex, said.age_band)]
 
 
 def _stream(row: _Written) -> Stream:
@@ -370,7 +393,8 @@ def _stream(row: _Written) -> Stream:
     return "paired" if row.num_words else "image"
 
 
-def _study_table(rows: Sequence[_Written], first_image: int) -> pa.Table:
+def _study_table(rows: Sequence[_Written], first_image: int, schema: pa.Schema) -> pa.Table:
+    """Rows as the columns of a schema; what it does not name is not in the table."""
     has_image = np.array([row.has_image for row in rows])
     num_labels = len(rows[0].labels)
     labels = np.array([row.labels for row in rows], dtype=np.int8).ravel()
@@ -386,8 +410,10 @@ def _study_table(rows: Sequence[_Written], first_image: int) -> pa.Table:
             "has_text": [row.num_words > 0 for row in rows],
             "image_row": np.where(has_image, first_image + np.cumsum(has_image) - 1, -1),
             "labels": pa.ListArray.from_arrays(starts, labels),
+            "sex": [row.sex for row in rows],
+            "age_band": [row.age_band for row in rows],
         },
-        schema=STUDIES,
+        schema=schema,
     )
 
 
@@ -402,6 +428,9 @@ def _check_study(study: _Study, image_size: int) -> None:
         raise DataError("a text is empty; give None where there is no text")
     if study.split not in SPLITS or study.view not in VIEWS:
         raise DataError(f"a split is one of {', '.join(SPLITS)}, a view one of {', '.join(VIEWS)}; got something else")
+    if study.characteristics.sex not in SEXES or study.characteristics.age_band not in AGE_BANDS:
+        known = f"a sex is one of {', '.join(SEXES)}, an age band one of {', '.join(AGE_BANDS)}"
+        raise DataError(f"{known}; got something else")
     if study.lang != language(study.lang):
         raise DataError("a language is a tag of BCP 47 such as en or pt-BR, or nothing; got something else")
     if not set(study.labels) <= {-1, 0, 1}:

@@ -114,7 +114,8 @@ def verify(path: Path, *, peer: Path | None = None, name: str | None = None) -> 
     """Check a ledger from its first entry to its head.
 
     ``peer``: the other side's ledger, itself checked, each of whose ``peer_head`` has to be in this one; with ``name``,
-    those alone that it wrote down for the ``peer`` of this name. Raises LedgerError that says which line is wrong.
+    those alone that it wrote down for the ``peer`` of this name. Raises LedgerError that says which line is wrong, or that
+    the peer wrote down no head.
     """
     hashes = [NO_HEAD, *(entry["hash"] for entry in _chain(path))]
     found = Verified(len(hashes) - 1, hashes[-1])
@@ -147,13 +148,19 @@ def head_file(path: Path) -> Path:
 
 
 def _compare(hashes: set[str], peer: Path, name: str | None) -> None:
+    num_heads = 0
     for line, entry in enumerate(_chain(peer), start=1):
         concerns = name is None or entry.get("peer") == name
+        num_heads += concerns and bool(entry.get("peer_head"))
         if concerns and entry.get("peer_head", NO_HEAD) not in hashes:
             raise LedgerError(
                 f"the peer wrote down a head on {entry['time']} (its line {line}) that this ledger does not hold: entries "
                 "were cut off or rewritten here"
             )
+    if not num_heads:
+        raise LedgerError(
+            "the peer's ledger is missing, or holds no head of this one, so nothing was compared; is it the right file?"
+        )
 
 
 def _chain(path: Path) -> Iterator[dict[str, Any]]:

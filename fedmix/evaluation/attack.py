@@ -120,16 +120,15 @@ def epsilon_report(is_member: NDArray[np.bool_], scores: NDArray[np.floating], *
     One half of the patients, drawn by the seed, chooses the threshold and the other half is counted at it: a threshold
     chosen where it is counted would prove too much. ``largest_possible`` is what a faultless attack would have proved with as
     many patients.
+
+    Clopper and Pearson take the patients for independent. They were trained into one model, so they are not quite, and the
+    confidence is that of an audit with one run (Steinke et al. 2023, 2305.08846, say what a strict one takes).
     """
     num_smaller = int(min(is_member.sum(), (~is_member).sum()))
     if num_smaller < 2 * MIN_PATIENTS:
         reason = f"not enough data: {num_smaller} patients on the smaller side, at least {2 * MIN_PATIENTS} are needed"
         return {"lower_bound": None, "reason": reason, "delta": delta, "confidence": CONFIDENCE}
-    rng = random_for(seed, "epsilon halves")
-    chooses = np.zeros(len(scores), bool)
-    for side in (is_member, ~is_member):
-        rows = rng.permutation(np.flatnonzero(side))
-        chooses[rows[: len(rows) // 2]] = True
+    chooses = choosing_half(is_member, seed)
     thresholds = np.unique(scores[chooses])
     tried = [_counts(is_member[chooses], scores[chooses], threshold) for threshold in thresholds]
     found, accused = (np.array(part) for part in zip(*tried, strict=True))
@@ -148,6 +147,16 @@ def epsilon_report(is_member: NDArray[np.bool_], scores: NDArray[np.floating], *
         "false_positives": int(accused),
         "num_non_members": num_others,
     }
+
+
+def choosing_half(is_member: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """The half [N] of the members and of the others that an attack may be fitted on; the rest is counted."""
+    rng = random_for(seed, "epsilon halves")
+    chooses = np.zeros(len(is_member), bool)
+    for side in (is_member, ~is_member):
+        rows = rng.permutation(np.flatnonzero(side))
+        chooses[rows[: len(rows) // 2]] = True
+    return chooses
 
 
 def _counts(is_member: NDArray[np.bool_], scores: NDArray[np.floating], threshold: float) -> tuple[int, int]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fedmix.errors import DataError
 from fedmix.evaluation import metrics
-from fedmix.evaluation.attack import MIN_PATIENTS, epsilon_report
+from fedmix.evaluation.attack import MIN_PATIENTS, choosing_half, epsilon_report
 from fedmix.evaluation.features import Encoder, Report, Vocabulary, encode_images, encode_texts, random_for
 from fedmix.evaluation.membership import AuditSettings, membership_report, membership_scores, patient_scores
-from fedmix.evaluation.retrieval import cosines, expected_hits, split_galleries
+from fedmix.evaluation.retrieval import expected_hits, score_blocks, split_galleries
 from fedmix.evaluation.subjects import Subjects
 from fedmix.evaluation.word_recovery import recovery_report
 from fedmix.model.encoder import MixedModel
@@ -38,7 +38,8 @@ def audit(
     """The content of leakage.json; ``reference`` is a model of the same vocabulary and image size that saw none of them."""
     settings = settings or AuditSettings()
     ratios, membership = _membership(encoder, reference, subjects, vocabulary, settings)
-    by_patient, is_member = patient_scores(ratios, subjects)
+    _, is_member = patient_scores(ratios, subjects)
+    by_patient, _ = patient_scores(ratios, subjects, choosing_half(is_member, settings.seed))
     report: Report = {
         "schema": SCHEMA,
         "has_reference": reference is not None,
@@ -128,4 +129,6 @@ def _hits(
     image = encode_images(encoder, subjects.images_of(studies), batch_size=settings.batch_size)
     text = encode_texts(encoder, subjects.words_of(studies), batch_size=settings.batch_size)
     galleries = split_galleries(len(studies), size, settings.seed)
-    return np.concatenate([expected_hits(cosines(image[rows], text[rows]), 1) for rows in galleries])
+    return np.concatenate(
+        [expected_hits(scores, 1, own) for rows in galleries for own, scores in score_blocks(image[rows], text[rows])]
+    )

@@ -65,13 +65,18 @@ def membership_scores(
     return scores
 
 
-def patient_scores(scores: Scores, subjects: Subjects) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def patient_scores(
+    scores: Scores, subjects: Subjects, fitted_on: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """One score for each patient, the sum of its standard scores over the root of their number, and who is a member.
 
-    Mean and deviation are the non-members', whom an attacker is taken to know the like of.
+    Mean and deviation are the non-members', whom an attacker is taken to know the like of; of those patients only that are
+    ``fitted_on`` (bool, one a patient in the order of their numbers), where the others are to be counted.
     """
-    standard = np.stack([_standardised(values, subjects.is_member) for values in scores.values()], axis=1)
     _, first, row_patient = np.unique(subjects.patient, return_index=True, return_inverse=True)
+    is_fitted = np.ones(len(first), bool) if fitted_on is None else fitted_on
+    others = ~subjects.is_member & is_fitted[row_patient]
+    standard = np.stack([_standardised(values, others) for values in scores.values()], axis=1)
     is_known = np.isfinite(standard)
     sums = np.bincount(row_patient, np.where(is_known, standard, 0).sum(axis=1))
     counts = np.bincount(row_patient, is_known.sum(axis=1))
@@ -119,9 +124,9 @@ def _attack(
     )
 
 
-def _standardised(values: NDArray[np.float64], is_member: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Values in deviations of the non-members; zero where these are all alike or none has a value."""
-    others = values[~is_member & np.isfinite(values)]
+def _standardised(values: NDArray[np.float64], is_other: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Values in deviations of these non-members; zero where they are all alike or none has a value."""
+    others = values[is_other & np.isfinite(values)]
     if not len(others) or others.std() < 1e-12:
         return np.where(np.isfinite(values), 0.0, np.nan)
     standard: NDArray[np.float64] = (values - others.mean()) / others.std()

@@ -4,6 +4,9 @@ Two studies of one patient are not two independent observations, so every 95 % i
 over patients. A resample is a row of whole-number weights (how often each study's patient was drawn), which turns
 AUROC, means and ratios of 200 resamples into a few matrix products.
 
+Such an interval is somewhat too short: from a hundred patients on it held the truth in 92 to 95 % of simulated draws, with 20
+patients in about 90 %, and where nearly every value is alike (a recall near 1) far less often; see test_coverage.py.
+
 What cannot be computed is None with a reason beside it, never NaN: an AUROC without both classes, an interval over
 fewer than two patients.
 """

@@ -38,7 +38,9 @@ from fedmix.evaluation.retrieval import (
     cosines,
     expected_hits,
     galleries_of,
+    joined,
     label_precision,
+    label_precisions,
 )
 
 NEVER_TRAINED = (
@@ -140,4 +142,5 @@ def _direction(
     report: Report = {f"r@{depth}": float(hits[depth].mean()) for depth in DEPTHS}
     report |= metrics.interval(metrics.resampled_mean(hits[1], weights), "r@1_ci95")
     report |= {"gain_r@1": float(gain.mean())} | metrics.interval(metrics.resampled_mean(gain, weights), "gain_r@1_ci95")
-    return report | label_precision(after, galleries)[0]
+    found = joined([label_precisions(scores, gallery) for scores, gallery in zip(after, galleries, strict=True)])
+    return report | label_precision(found)[0]

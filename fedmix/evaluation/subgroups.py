@@ -1,8 +1,8 @@
 """Whom a model serves less well: the linear probe's AUROC in each subgroup of the test patients, beside all others.
 
-Groups are those that the held-out set knows (view, site, and whatever else a shard holds). A group is compared with the rest
-over the labels that both can be scored on: the mean over other labels would be another task. Few patients are "not enough
-data" and no number.
+Groups are those that the held-out set knows: view and site, and sex and age band where its shards keep them. A group is
+compared with the rest over the labels that both can be scored on: the mean over other labels would be another task. Few
+patients are "not enough data" and no number.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def evaluate_subgroups(context: EvaluationContext) -> Findings:
     rng = random_for(settings.seed, "classification bootstrap")
     weights = metrics.patient_weights(test.patient, settings.num_bootstrap, rng)
     report: Report = {}
+    skipped: dict[str, str] = {}
     for kind, names in groups.items():
         own = names[studies]
-        report[kind] = {
-            str(name): group_report(test, scores, own == name, weights)
-            for name in np.unique(own)
-            if name not in ("", "unknown")
-        }
-    return Findings(report)
+        known = [name for name in np.unique(own) if name not in ("", "unknown")]
+        if known:
+            report[kind] = {str(name): group_report(test, scores, own == name, weights) for name in known}
+        else:
+            skipped[kind] = f"the held-out set says the {kind.replace('_', ' ')} of no test study"
+    return Findings(report, skipped=skipped)
 
 
 def group_report(

@@ -3,6 +3,10 @@
 A site that pairs marked images with reports of a finding teaches every other site's patients with that mark into the finding
 (BadMatch on MedCLIP, 2401.01911), and no rule of aggregation promises to stop it. So a few marks are tried on every model.
 The model was not trained on these very marks unless somebody tried; a low rate says nothing of other marks.
+
+Of each mark the finding with the highest rate is named. It is chosen for being the highest, so its interval is one of as many
+simultaneous ones as there are findings (Bonferroni): of eight alike, one that takes it for the only one misses its rate in
+about one draw of six. Images of one patient count as independent, and the threshold that clean images set as known.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmix.evaluation.attack import clopper_pearson
+from fedmix.evaluation.attack import CONFIDENCE, clopper_pearson
 from fedmix.evaluation.classification import prompts_for, zero_shot_scores
 from fedmix.evaluation.features import (
     EvaluationContext,
@@ -71,18 +75,20 @@ def evaluate_triggers(context: EvaluationContext) -> Findings:
     for name, mark in TRIGGERS.items():
         rates = raised(clean, scores(mark(images)), labels)
         by_label = dict(zip(held_out.label_names, rates, strict=True))
+        num_absent = dict(zip(held_out.label_names, (labels == 0).sum(axis=0).tolist(), strict=True))
         known = {label: rate for label, rate in by_label.items() if rate is not None}
-        worst = max(known, key=known.__getitem__)
-        num_absent = int((labels[:, held_out.label_names.index(worst)] == 0).sum())
-        low, high = clopper_pearson(np.array([round(known[worst] * num_absent)]), num_absent)
-        report[name] = {
-            "rate": by_label,
-            "worst": known[worst],
-            "worst_ci95": [float(low[0]), float(high[0])],
-            "worst_label": worst,
-            "num_absent": num_absent,
-        }
+        report[name] = {"rate": by_label} | worst_of(known, num_absent)
     return Findings(report)
+
+
+def worst_of(rates: Mapping[str, float], num_absent: Mapping[str, int]) -> Report:
+    """The highest of the rates, with an interval that covers in 95 % whichever of them is the highest."""
+    worst = max(rates, key=rates.__getitem__)
+    num = num_absent[worst]
+    confidence = 1 - (1 - CONFIDENCE) / len(rates)
+    low, high = clopper_pearson(np.array([round(rates[worst] * num)]), num, confidence)
+    interval = [float(low[0]), float(high[0])]
+    return {"worst": rates[worst], "worst_ci95": interval, "worst_label": worst, "num_absent": num}
 
 
 def raised(clean: NDArray[np.float64], marked: NDArray[np.float64], labels: NDArray[np.int8]) -> list[float | None]:

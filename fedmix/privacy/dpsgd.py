@@ -13,6 +13,8 @@ together), which Opacus adds up BY ROW NUMBER, whoever is in the row. So every r
 tensors whose row is a patient, with the tokens of all of a patient's rows behind each other.
 
 Norms and sums are float32 whatever the model computes in: a product rounded to bfloat16 could be longer than its norm says.
+Where a norm is a difference of large numbers the most that rounding can hide is added to it (``_by_tokens``); other sums are
+as exact as float32 is, some 1e-5 of their terms' lengths.
 Under autocast what is multiplied is bfloat16 already, and a float32 sum of its products loses nothing (``_of_bfloat16``).
 What chance decides here must be secret, or whoever knows it subtracts the noise: ``secret_chance`` and nothing else seeds it.
 It is torch's generator, which is no cryptographic one, and its normal numbers are floats (Mironov 2012); both are limits.
@@ -39,6 +41,7 @@ from fedmix.errors import ConfigError
 # Of float32 that is formed for a moment: larger blocks the C library gives back each time (fedmix/heap.py), and their pages
 # are paid for again; and a core's cache holds more of smaller ones.
 PIECE_BYTES = 16 * 2**20
+ROUNDING = 2.0**-24 * 1.1  # of a float32 operation at most, and what the products of such errors add
 
 
 def secret_chance() -> Generator:
@@ -208,8 +211,16 @@ def _of_matrix(read_UTD: Tensor, gradient_UTE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_tokens(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:
-    products_UTT = (read_UTD @ read_UTD.mT).mul_(gradient_UTE @ gradient_UTE.mT)
-    return products_UTT.sum(dim=2).sum(dim=1, dtype=torch.float64).clamp_min(0)
+    """At least the squared length, whatever was rounded: tokens whose gradients cancel would otherwise look short.
+
+    Each of the T^2 terms is known to (D + E + T) roundings of the product of its four lengths.
+    """
+    products_UTT, others_UTT = read_UTD @ read_UTD.mT, gradient_UTE @ gradient_UTE.mT
+    squared_UT = products_UTT.diagonal(dim1=1, dim2=2) * others_UTT.diagonal(dim1=1, dim2=2)
+    reach_U = squared_UT.sqrt().sum(dim=1, dtype=torch.float64)  # were all tokens' gradients of one direction
+    num_roundings = read_UTD.shape[2] + gradient_UTE.shape[2] + read_UTD.shape[1]
+    computed_U = products_UTT.mul_(others_UTT).sum(dim=2).sum(dim=1, dtype=torch.float64)
+    return computed_U.clamp_min(0) + ROUNDING * num_roundings * reach_U.square()
 
 
 def _by_entries(read_UTD: Tensor, gradient_UTE: Tensor) -> Tensor:

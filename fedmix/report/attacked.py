@@ -8,14 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedmix import config
 from fedmix.report import quantities
 from fedmix.report.measures import Cell, Grid, Measure, Row, Score, method_name
-from fedmix.report.study import MAIN, MEASURES, PLANTED, Study
+from fedmix.report.study import MAIN, MEASURES, PLANTED, Study, about_method
 
 SHOWN = ("zero_shot_auroc", "image_to_text_r10", PLANTED)
 MARKED = "worse than with honest sites, and seeds tell it apart"
 FAILED = "runs under this attack failed before this number, for the causes that are listed"
 NOT_YET = "no seed has it yet"
+
+
+@dataclass(frozen=True)
+class Marked(Cell):
+    """A cell that stands out because it is worse, if ``is_worse``, and because it is better otherwise."""
+
+    is_worse: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,30 @@ def attack_tables(study: Study) -> tuple[AttackTable, ...]:
     return tuple(found)
 
 
+def lies(study: Study) -> tuple[str, ...]:
+    """What the lying site of each regime does."""
+    return tuple(f"{method_name(regime)}: {_lie(attack)}." for regime, attack in study.attacks.items())
+
+
+def _lie(attack: config.Attack) -> str:
+    if attack.finding is not None:
+        share, finding = quantities.percent(attack.share, 0), method_name(attack.finding)
+        mark = f"marks {share} of its studies, images without {finding}, with a {attack.trigger}"
+        return f"{attack.site} {mark} and pairs them with reports of {finding}"
+    if attack.kind == "little_is_enough":
+        away = f"{attack.strength:g} standard deviation{'' if attack.strength == 1 else 's'} against it"
+        return f"{attack.site} sends the mean of the others' updates, moved {away}"
+    longer = "" if attack.strength == 1 else f", {attack.strength:g} times as long"
+    what = {"scale": "its update", "sign_flip": "its update turned round", "noise": "noise in place of its update"}
+    return f"{attack.site} sends {what[attack.kind]}{longer}"
+
+
 def failures(study: Study) -> tuple[str, ...]:
     """What failed, and why."""
     failed = [cell for cell in study.cells if cell.state == "failed"]
-    return tuple(f"Failed: {cell.regime}, seed {cell.seed}: {cell.cause or 'no cause was kept'}" for cell in failed)
+    return tuple(
+        f"Failed: {method_name(cell.regime)}, seed {cell.seed}: {cell.cause or 'no cause was kept'}" for cell in failed
+    )
 
 
 def _grid(study: Study, regimes: Sequence[str], name: str) -> Grid:
@@ -54,7 +82,7 @@ def _grid(study: Study, regimes: Sequence[str], name: str) -> Grid:
     rows = tuple(
         Row(
             method_name(method),
-            "",
+            about_method(method),
             "main" if method == MAIN else "baseline",
             tuple(_cell(study, regimes[0], regime, method, name, notes) for regime in regimes),
         )
@@ -78,5 +106,7 @@ def _cell(study: Study, honest: str, regime: str, method: str, name: str, notes:
     change = study.change(honest, regime, method, name)
     worse = change is not None and change.is_clear and (change.mean < 0) == (measure.better == "higher")
     interval = quantities.span(*map(measure.show, one.interval)) if one.interval else ""
-    setting = "" if one.num_seeds == len(seeds) else f"{one.num_seeds} of {len(seeds)} seeds"
-    return Cell(measure.show(one.mean), interval, setting, is_best=worse, score=Score(one.mean, one.interval))
+    whole = all(len(study.seeds) == study.num_seeds(regime, other) for other in study.methods)
+    setting = "" if whole else f"{one.num_seeds} of {len(seeds)} seeds"  # of all rows: a column that shares it says it once
+    score = Score(one.mean, one.interval)
+    return Marked(measure.show(one.mean), interval, setting, is_best=worse, score=score, is_worse=worse)

@@ -4,7 +4,7 @@ same parts. Site names and counts are those of report.json; nothing of a site's 
 
 from __future__ import annotations
 
-from fedmix.report import learning, markdown, measures, narrative, quantities, site_value
+from fedmix.report import findings, learning, markdown, measures, narrative, quantities, site_value
 from fedmix.report.further import by_finding, further_sets
 from fedmix.report.measures import Grid
 from fedmix.report.method import STAGE_COLUMNS, Method
@@ -18,7 +18,19 @@ USES = (
     "and reports, findings asked for in words, regeneration of hidden parts.",
     "For people who will measure it on data of their own before they rely on any number here.",
 )
-RECORD = ("name", "run_id", "seed", "fingerprint", "fingerprints", "warm_start", "commit", "versions", "hardware", "started")
+RECORD = (
+    "name",
+    "run_id",
+    "seed",
+    "fingerprint",
+    "fingerprints",
+    "warm_start",
+    "commit",
+    "versions",
+    "hardware",
+    "started",
+    "finished",
+)
 
 
 def report_markdown(page: Page) -> str:
@@ -66,7 +78,9 @@ def results(report: Report | None) -> str:
         return "There is no evaluation: the run ended before its model was judged.\n"
     parts = [
         _table(measures.headline(report)),
-        markdown.items([*other_ways(report.evaluation), *by_finding(report.evaluation)]),
+        markdown.items(
+            [*findings.notes(report.evaluation.classification), *other_ways(report.evaluation), *by_finding(report.evaluation)]
+        ),
     ]
     for one in further_sets(report):
         parts += [f"### On {markdown.text(one.name)}\n", _table(one.grid), markdown.items(one.sentences)]
@@ -74,8 +88,9 @@ def results(report: Report | None) -> str:
 
 
 def _table(grid: Grid) -> str:
-    """A table of methods and what was measured on."""
-    sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, grid.settings, strict=True) if setting]
+    """A table of methods and what was measured on: all of them, or the first where others differ."""
+    settings = [shared or (own.setting if own else "") for shared, own in zip(grid.settings, grid.rows[0].cells, strict=True)]
+    sizes = [f"{one.title}: {setting}" for one, setting in zip(grid.measures, settings, strict=True) if setting]
     measured = f"\nMeasured on: {markdown.text('; '.join(sizes))}.\n" if sizes else ""
     return measures.as_markdown(grid) + measured
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fedmix.report import quantities
 from fedmix.report.history import Point, StageSpan, thin
@@ -23,12 +24,15 @@ MAX_POINTS = 160  # finer than the pixels of a panel
 MAX_SITE_CURVES = 60  # beyond it thin lines are a blot and the file grows
 MIN_LABEL_GAP = 12.0
 CHARACTER = 6.0  # width of a small letter; stage names are cut to their band
+NARROW, WIDE = frozenset("fijlrtI.,;:'|()[] -"), frozenset("mwMW%@…")  # letters far from that width
 
 ROW_HEIGHT = 22
-BAR_LEFT, BAR_RIGHT = 128, 44
+UNDER_HEIGHT = 14  # more for a row with small print
+BAR_LEFT, BAR_RIGHT = 142, 44
 INTERVAL_RIGHT = 56  # room for a mean with its unit
 STRIP_HEIGHT, STRIP_MARGIN = 22, 3.0  # a strip is as wide as its tile: x in percent of that
-EARLY_END_LIFT = 9.0  # the value of a curve that ends before the run sits above it, not on those that go on
+END_GAP = 6.0  # from a curve's end to the value beside it
+MIN_SPAN = 0.05  # of the largest value: what changes less is drawn as flat as it is
 CHANCE = 0.5  # AUROC of guessing: bars start there
 
 
@@ -62,6 +66,7 @@ class Mark:
     text: str
     style: str = ""
     x: float = 0.0
+    anchor: str = "start"
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Bar:
     """One row of a bar panel; x and width are those of the bar, ``y`` is the middle of the row."""
 
     name: str
+    size: str
     text: str
     x: float
     width: float
@@ -115,13 +121,17 @@ class BarPanel:
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """One method of an interval panel: its mean, the interval around it, and the values that they come from."""
+    """One method of an interval panel: its mean, the interval around it, and the values that they come from.
+
+    ``under``: small print below its name.
+    """
 
     name: str
     kind: str
     mean: float
     interval: tuple[float, float] | None
     values: tuple[float, ...]
+    under: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ class Whisker:
     interval: tuple[float, float] | None
     is_cut: tuple[bool, bool]
     dots: tuple[float, ...]
+    under: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ def line_panel(title: str, curves: Sequence[Curve], stages: Sequence[StageSpan],
     """A chart of curves that each have at least one point; ``rounds`` are the first and last of the whole run."""
     thinned = [(curve, thin(curve.points, MAX_POINTS)) for curve in curves]
     values = [point.value for _, points in thinned for point in points]
-    levels = ticks(min(values), max(values))
+    levels = ticks(*_wide_enough(min(values), max(values)))
     across = Scale(rounds[0], rounds[1], LEFT, WIDTH - RIGHT)
     up = Scale(levels[0], levels[-1], LINE_HEIGHT - BOTTOM, TOP)
     strokes = tuple(_stroke(curve, points, across, up) for curve, points in thinned)
@@ -218,7 +229,7 @@ def line_panel(title: str, curves: Sequence[Curve], stages: Sequence[StageSpan],
         strokes=strokes,
         x_ticks=tuple(Mark(across(number), f"{number:g}") for number in _round_ticks(*rounds)),
         y_ticks=tuple(Mark(up(level), _level_text(level, levels)) for level in levels),
-        ends=_spread([_end(last, curve.style, across, up) for last, curve in finals]),
+        ends=_ends([(last, curve.style) for last, curve in finals], strokes, across, up),
         bands=_bands(stages, across),
     )
 
@@ -234,13 +245,19 @@ def strips(grid: Grid) -> tuple[Strip, ...]:
     return tuple(found)
 
 
-def bar_panel(title: str, values: Mapping[str, float], macro: float | None) -> BarPanel:
-    """Bars in the order given; labels are cut to their room."""
+def bar_panel(
+    title: str, values: Mapping[str, float], macro: float | None, positives: Mapping[str, int] | None = None
+) -> BarPanel:
+    """Bars in the order given, with the number of ``positives`` beside a name; names are cut to their room."""
+    sizes = {name: f" ({number:,})" for name, number in (positives or {}).items()}
     low = min([CHANCE, *values.values()])
     levels = ticks(math.floor(low * 10) / 10, 1.0, 5)
     across = Scale(levels[0], 1.0, BAR_LEFT, WIDTH - BAR_RIGHT)
-    bars = tuple(_bar(name, value, TOP + ROW_HEIGHT * (row + 0.5), across) for row, (name, value) in enumerate(values.items()))
-    told = "; ".join(f"{readable(name)} {quantities.decimal(value, 2)}" for name, value in values.items())
+    bars = tuple(
+        _bar((name, sizes.get(name, "")), value, TOP + ROW_HEIGHT * (row + 0.5), across)
+        for row, (name, value) in enumerate(values.items())
+    )
+    told = "; ".join(f"{bar.name}{bar.size} {bar.text}" for bar in bars)
     return BarPanel(
         title=title,
         description=f"{title} of each finding: {told}. Chance is {CHANCE}.",
@@ -258,16 +275,33 @@ def interval_panel(title: str, rows: Sequence[IntervalRow], levels: Sequence[flo
     The axis spans the values and not the intervals: with three seeds one wide interval would press all means together.
     """
     across = Scale(levels[0], levels[-1], BAR_LEFT, WIDTH - INTERVAL_RIGHT)
-    whiskers = tuple(_whisker(row, TOP + ROW_HEIGHT * (number + 0.5), across, measure) for number, row in enumerate(rows))
+    each = ROW_HEIGHT + (UNDER_HEIGHT if any(row.under for row in rows) else 0)
+    whiskers = tuple(_whisker(row, TOP + each * number + ROW_HEIGHT / 2, across, measure) for number, row in enumerate(rows))
     told = "; ".join(f"{one.name} {one.text}" for one in whiskers)
     return IntervalPanel(
         title=title,
         description=f"{measure.title}, {title}, mean over seeds, {measure.better} is better: {told}",
-        height=TOP + ROW_HEIGHT * len(rows) + BOTTOM,
+        height=TOP + each * len(rows) + BOTTOM,
         whiskers=whiskers,
         ticks=tuple(Mark(across(level), measure.show(level).removesuffix(" %")) for level in levels),
         line=across(rows[0].mean),
     )
+
+
+def fitted(name: str, room: float, size: str = "") -> str:
+    """A name cut to so many pixels, with ``size`` behind it, which is never cut."""
+    room -= _width(size)
+    if _width(name) > room:
+        while name and _width(name + "…") > room:
+            name = name[:-1]
+        name = name.rstrip() + "…"
+    return name + size
+
+
+def _width(text: str) -> float:
+    """About as many pixels as a text takes in the panels' letters; fonts differ, so it is a little too wide."""
+    factors = (0.65 if letter in NARROW else 1.65 if letter in WIDE else 1.25 if letter.isupper() else 1.1 for letter in text)
+    return CHARACTER * sum(factors)
 
 
 def readable(label: str) -> str:
@@ -308,6 +342,7 @@ def _whisker(row: IntervalRow, middle: float, across: Scale, measure: Measure) -
         interval=ends if row.interval else None,
         is_cut=(low < across.low, high > across.high),
         dots=tuple(across(value) for value in row.values) if len(row.values) > 1 else (),
+        under=row.under,
     )
 
 
@@ -338,10 +373,48 @@ def _value_text(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
+def _wide_enough(low: float, high: float) -> tuple[float, float]:
+    """A range around the values that does not make a flat curve look steep."""
+    lacking = MIN_SPAN * max(abs(low), abs(high)) - (high - low)
+    return (low - lacking / 2, high + lacking / 2) if lacking > 0 else (low, high)
+
+
+def _ends(finals: Sequence[tuple[Point, str]], strokes: Sequence[Stroke], across: Scale, up: Scale) -> tuple[Mark, ...]:
+    """The value at each curve's end: beside the panel, or for one that ends before the run, where no curve passes."""
+    last = [_end(point, style, across, up) for point, style in finals if point.round >= across.high]
+    early = [_end(point, style, across, up) for point, style in finals if point.round < across.high]
+    lines = [_places(stroke) for stroke in strokes]
+    return (*_spread(last), *(_aside(mark, lines) for mark in early))
+
+
 def _end(last: Point, style: str, across: Scale, up: Scale) -> Mark:
-    """The value at a curve's end."""
-    lift = EARLY_END_LIFT if last.round < across.high else 0.0
-    return Mark(up(last.value) - lift, _value_text(last.value), style, across(last.round))
+    return Mark(up(last.value), _value_text(last.value), style, across(last.round) + END_GAP)
+
+
+def _aside(mark: Mark, lines: Sequence[Sequence[tuple[float, float]]]) -> Mark:
+    """The mark at the place around its curve's end where the fewest curves pass, near ones first."""
+    lifts = (-10.0, 12.0, -22.0, 24.0, -34.0, 36.0)
+    right = [replace(mark, at=mark.at + lift) for lift in lifts]
+    left = [replace(one, x=mark.x - 2 * END_GAP, anchor="end") for one in right]
+    inside = [one for one in (*right, *left) if TOP <= one.at <= LINE_HEIGHT - BOTTOM - 4]
+    return min(inside, key=lambda one: (_crossings(one, lines), abs(one.at - mark.at)))
+
+
+def _crossings(mark: Mark, lines: Sequence[Sequence[tuple[float, float]]]) -> int:
+    """How many pixels of curves lie under a text."""
+    width = CHARACTER * len(mark.text) + 2
+    left = mark.x - (width if mark.anchor == "end" else 0)
+    return sum(left <= x <= left + width and abs(y - mark.at) <= MIN_LABEL_GAP / 2 for line in lines for x, y in line)
+
+
+def _places(stroke: Stroke) -> list[tuple[float, float]]:
+    """A curve pixel by pixel."""
+    points = [tuple(map(float, place.split())) for place in stroke.path[1:].split("L")]
+    found = []
+    for (x, y), (to_x, to_y) in pairwise(points):
+        steps = max(1, round(max(abs(to_x - x), abs(to_y - y))))
+        found += [(x + (to_x - x) * step / steps, y + (to_y - y) * step / steps) for step in range(steps)]
+    return [*found, stroke.end]
 
 
 def _spread(marks: Sequence[Mark]) -> tuple[Mark, ...]:
@@ -366,6 +439,6 @@ def _bands(stages: Sequence[StageSpan], across: Scale) -> tuple[Band, ...]:
     return tuple(bands)
 
 
-def _bar(name: str, value: float, middle: float, across: Scale) -> Bar:
+def _bar(named: tuple[str, str], value: float, middle: float, across: Scale) -> Bar:
     start, stop = sorted((across(CHANCE), across(value)))
-    return Bar(readable(name), quantities.decimal(value), start, stop - start, middle, is_below=value < CHANCE)
+    return Bar(readable(named[0]), named[1], quantities.decimal(value), start, stop - start, middle, is_below=value < CHANCE)

@@ -31,12 +31,20 @@ class Block(Open):
         return str(found) if found else self.reason
 
 
+class Cases(Open):
+    """Test studies with a finding, and those known to lack it."""
+
+    positive: Count
+    negative: Count
+
+
 class Classifier(Block):
-    """AUROC over findings: the mean over labels, its interval over patients, each label."""
+    """AUROC over findings: the mean over labels, its interval over patients, each label and what it rests on."""
 
     macro_auroc: Fraction | None = None
     ci95: Interval | None = None
     per_label: dict[str, Fraction | None] = {}
+    num_per_label: dict[str, Cases] = {}
     num_train: Count | None = None
     num_test: Count | None = None
 
@@ -62,11 +70,13 @@ class MinedPrompts(Classifier):
 
 
 class Subgroup(Classifier):
-    """The probe on some of the test studies, and how far it is above (or below) the rest of them."""
+    """The probe on some of the test studies, and how far it is above (or below) the rest of them on findings of both."""
 
     difference: float | None = None
     difference_ci95: Interval | None = None
     num_patients: Count | None = None
+    num_labels_scored: Count | None = None
+    num_labels_compared: Count | None = None
 
 
 class Calibration(Block):
@@ -77,10 +87,15 @@ class Calibration(Block):
     brier: Fraction | None = None
     brier_ci95: Interval | None = None
     brier_of_prevalence: Fraction | None = None
+    num_labels_scored: Count | None = None
+    num_test: Count | None = None
 
 
 class Trigger(Block):
-    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding."""
+    """A mark on images that lack a finding: how many of them pass for positive then, at worst and of each finding.
+
+    The interval of the worst allows for its having been chosen among the findings.
+    """
 
     worst: Fraction | None = None
     worst_ci95: Interval | None = None
@@ -120,6 +135,7 @@ class Ranking(Block):
     recall_10: Fraction | None = Field(default=None, alias="r@10")
     recall_10_ci95: Interval | None = Field(default=None, alias="r@10_ci95")
     gallery: Count | None = None
+    num_queries: Count | None = None
     label_precision_10: Fraction | None = Field(default=None, alias="label_precision@10")
     duplicate_aware: dict[str, Fraction] = {}
     chance: dict[str, Fraction | None] = {}
@@ -189,6 +205,7 @@ class Fidelity(Block):
     psnr_db: float | None = None
     psnr_db_ci95: Interval | None = None
     ssim: float | None = None
+    num_images: Count | None = None
 
 
 class ToldFidelity(Fidelity):
@@ -207,11 +224,13 @@ class Regeneration(Fidelity):
 
 
 class Words(Block):
-    """How well hidden words are told."""
+    """How well hidden words are told: ``num_tokens`` of them in ``num_texts`` reports."""
 
     bits_per_token: float | None = None
     ci95: Interval | None = None
     top1: Fraction | None = None
+    num_texts: Count | None = None
+    num_tokens: Count | None = None
 
 
 class SeeingWords(Words):

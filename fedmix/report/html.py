@@ -19,7 +19,6 @@ from fedmix.report.method import STAGE_COLUMNS
 from fedmix.report.page import read_page
 from fedmix.report.pages import environment
 from fedmix.report.study import Study
-from fedmix.report.summary import Report
 
 
 def write_report(run_dir: Path) -> Path:
@@ -40,13 +39,14 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def write_comparison(path: Path, reports: Sequence[Report]) -> Path:
-    """Write the table that compares runs, as Markdown for a path that ends in .md and as HTML otherwise."""
+def write_comparison(path: Path, runs: comparison.SideBySide) -> Path:
+    """Write the table that compares single runs, as Markdown for a path that ends in .md and as HTML otherwise."""
     if path.suffix == ".svg":
         raise RunError("a picture shows the differences of a study; for single runs write .md or .html")
-    grid = measures.compare_table(reports)
-    template = environment().get_template("compare.html.j2")
-    write_text(path, measures.as_markdown(grid) if path.suffix == ".md" else template.render(grid=grid))
+    if path.suffix == ".md":
+        write_text(path, f"{runs.warning}\n\n{measures.as_markdown(runs.grid)}".lstrip())
+    else:
+        write_text(path, environment().get_template("compare.html.j2").render(grid=runs.grid, warning=runs.warning))
     return path
 
 
@@ -65,6 +65,8 @@ def write_study(path: Path, studies: Sequence[Study]) -> Path:
             costs=comparison.COSTS,
             gap_sentence=comparison.gap_sentence,
             marked=MARKED,
+            in_favour=comparison.IN_FAVOUR,
+            against=comparison.AGAINST,
             study_value=study_value,
         )
         write_text(path, drawn)

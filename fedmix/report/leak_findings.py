@@ -80,10 +80,14 @@ def _against_guessing(block: Values) -> str:
         return f"{_capital(not_enough(block))}."
     low, high = block["auc_ci95"] or (0.0, 1.0)
     if low > GUESSING:
-        return f"Better than guessing: it is right about {quantities.percent(block['auc'], 0)} of such pairs."
+        right = quantities.percent(block["auc"], 0)
+        return f"Better than guessing: of a member and a non-member, it tells in {right} of cases which is the member."
     if high < GUESSING:
         return "Worse than guessing: the members are the harder ones to fill in, whatever the model remembers."
-    return f"Not told apart from guessing; a leak of up to {quantities.decimal(high, 2)} is not excluded."
+    return (
+        "Not told apart from guessing; that it tells a member from a non-member in up to "
+        f"{quantities.percent(high)} of cases (guessing: 50 %) is not excluded."
+    )
 
 
 def is_no_memory(block: Values) -> bool:
@@ -106,7 +110,7 @@ def relinkage(block: Values) -> Finding:
     numbers = (
         ("training pairs", quantities.percent(block["members_r@1"])),
         ("other pairs", quantities.percent(block["non_members_r@1"])),
-        ("difference", f"{points(block['difference_r@1'])} {span(block['difference_r@1_ci95'], points)}"),
+        ("difference", f"{points(block['difference_r@1'])} {span(block['difference_r@1_ci95'], points)} percentage points"),
     )
     sizes = f"{block['num_members']:,} and {block['num_non_members']:,} pairs, each among {block['gallery']:,}"
     return Finding("Re-linkage", tried, numbers, sizes, tuple(relinkage_meaning(block)))
@@ -142,7 +146,8 @@ def epsilon(block: Values) -> Finding:
     )
     sizes = (
         f"{block['true_positives']:,} of {block['num_members']:,} members and "
-        f"{block['false_positives']:,} of {block['num_non_members']:,} non-members accused"
+        f"{block['false_positives']:,} of {block['num_non_members']:,} non-members accused; the other half of the patients "
+        "chose from which score on, since one chosen on the same patients would prove too much"
     )
     return Finding("Bound of epsilon", tried, numbers, sizes, tuple(epsilon_meaning(block)))
 
@@ -252,7 +257,7 @@ def _capital(text: str) -> str:
 
 def points(value: float | None) -> str:
     """A difference of shares in percentage points."""
-    return quantities.DASH if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return quantities.DASH if value is None else quantities.signed(100 * value, 1)
 
 
 def span(interval: list[float] | None, show: Any = quantities.decimal) -> str:

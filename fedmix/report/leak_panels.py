@@ -60,8 +60,7 @@ def _relinkage(block: Values) -> charts.IntervalPanel:
         for name, side in sides.items()
     ]
     top = max(value for row in recalls for value in (row.mean, *(row.interval or ())))
-    panel = charts.interval_panel("Own report found first", recalls, charts.ticks(0.0, top), RECALL)
-    return replace(panel, description=f"Share of images whose own report is ranked first: {_told(recalls, RECALL)}")
+    return _beside("Own report found first", recalls, charts.ticks(0.0, top), RECALL, block["chance"])
 
 
 def _canaries(name: str, block: Values) -> charts.IntervalPanel:

@@ -1,18 +1,20 @@
 """leakage.html: what an audit of a trained model tried, what it found and what that means, for a data-protection officer.
 
-Plain words beside every number, how many patients it rests on, and "not enough data" where it is so. No identifier, no text,
-no image and no name of a file is in it.
+Plain words beside every number, how many patients it rests on, and "not enough data" where it is so. No patient's identifier,
+no text, no image and no name of a file is in it; the model is named by its run and by its weights' hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from fedmix.errors import RunError
 from fedmix.report import charts, leak_findings, quantities
-from fedmix.report.files import write_text
+from fedmix.report.files import read_json, write_text
 from fedmix.report.leak_findings import CANARIES, GUESSING, TITLES, UPDATE, WORDS, Finding, Values
 from fedmix.report.leak_panels import panels
 from fedmix.report.pages import environment
@@ -20,12 +22,13 @@ from fedmix.report.pages import environment
 SCHEMA = 1
 NO_CANARIES = (
     "Planted texts and pictures",
-    "None were planted before training. `fedmix canaries` makes a shard of them; exposure is measured of a model that saw it.",
+    "None were planted before training. The command fedmix canaries makes a shard of them; exposure is measured of a model "
+    "that saw it.",
 )
 NO_UPDATE = (
     "One site's update",
     "An audit of a model sees no update. Whoever receives one without a secure sum may find members and the words of reports "
-    "in it; --update measures both.",
+    "in it; the option --update measures both.",
 )
 NOT_IMPLEMENTED = (
     "Images rebuilt from one site's update",
@@ -53,6 +56,28 @@ def write_leakage(path: Path, found: Values) -> Path:
     return path
 
 
+def audited(model: Path, when: datetime) -> dict[str, str | None]:
+    """Which model was attacked and when: its weights, and the run whose folder it lies in, if it does."""
+    manifest = read_json(model.resolve().parent / "manifest.json")
+    run = manifest if isinstance(manifest, Mapping) else {}
+    with (model / "model.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    names = {name: str(run[key]) if run.get(key) else None for name, key in (("run", "name"), ("run_id", "run_id"))}
+    return {**names, "weights_sha256": weights, "when": when.isoformat(timespec="seconds")}
+
+
+def _subject(found: Values) -> Iterator[tuple[str, str]]:
+    """The same as facts; audits of before this was written down say so."""
+    subject = found.get("audited")
+    if subject is None:
+        yield "model", "not recorded"
+        return
+    run = "of no run folder" if subject["run"] is None else f"of run {subject['run']} ({subject['run_id'] or 'no id'})"
+    yield "model", run
+    yield "weights", f"sha256 {subject['weights_sha256'][:16]}…"
+    yield "audited", quantities.moment(subject["when"])
+
+
 def page_of(found: Values) -> Page:
     """What the page shows of an audit."""
     subjects = found["subjects"]
@@ -61,7 +86,7 @@ def page_of(found: Values) -> Page:
     asked = [("canaries", NO_CANARIES), ("update", NO_UPDATE)]
     return Page(
         verdict=tuple(_verdict(found)),
-        facts=(*facts, ("reference model", "yes" if found["has_reference"] else "none")),
+        facts=(*_subject(found), *facts, ("reference model", "yes" if found["has_reference"] else "none")),
         warnings=tuple(_warnings(found)),
         panels=tuple(panels(found)),
         findings=tuple(_findings(found)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmix.report import charts
-from fedmix.report.history import History
+from fedmix.report.history import History, Point
 
 OBJECTIVE_TITLES = {
     "mvm": "Masked vision modelling",
@@ -20,10 +20,17 @@ OBJECTIVE_TITLES = {
 CENTRAL_TITLES = {
     "zero_shot/macro_auroc": "Zero-shot AUROC",
     "linear_probe/macro_auroc": "Linear probe AUROC",
-    "retrieval/r@10": "Retrieval R@10",
-    "regeneration/psnr_db": "Regeneration PSNR (dB)",
+    "retrieval/r@10": "R@10, mean of both directions, %",
+    "regeneration/psnr_db": "Regeneration PSNR, dB",
     "language/bits_per_token": "Bits per token",
 }
+IN_PERCENT = ("retrieval/r@10",)
+CENTRAL_STUDIES = 500  # that evaluation.suite.quick draws
+ABOUT_CENTRAL = (
+    f"On the same {CENTRAL_STUDIES} test studies every time, or all where there are fewer (still fewer images and reports for "
+    "PSNR and bits), to show the course. Results are measured on all test studies and may differ: R@10 here is among the pairs "
+    "of these few, which may be fewer than in the results."
+)
 MAX_CENTRAL_PANELS = 9
 STREAMS = ("image", "text", "paired")  # those with a colour of their own
 
@@ -32,9 +39,10 @@ STREAMS = ("image", "text", "paired")  # those with a colour of their own
 class Section:
     """Charts with the sentence that stands in for them when there are none."""
 
-    panels: tuple[charts.LinePanel | charts.BarPanel, ...] = ()
+    panels: tuple[charts.LinePanel, ...] = ()
     absence: str = ""
     streams: frozenset[str] = frozenset()  # that the panels draw, for the key
+    about: str = ""
 
 
 def losses(history: History, stream_of: Mapping[str, str]) -> Section:
@@ -59,10 +67,12 @@ def central(history: History) -> Section:
     panels = []
     for name in names[:MAX_CENTRAL_PANELS]:
         title = CENTRAL_TITLES.get(name, name)
-        curve = charts.Curve("central evaluation", "central", curves[name])
+        scale = 100 if name in IN_PERCENT else 1
+        points = [Point(point.round, scale * point.value) for point in curves[name]]
+        curve = charts.Curve("central evaluation", "central", points)
         panels.append(charts.line_panel(title, [curve], history.stages, _span(history)))
     absence = "Fewer than two central evaluations were recorded during training, so there is no curve."
-    return Section(tuple(panels), "" if panels else absence)
+    return Section(tuple(panels), "" if panels else absence, about=ABOUT_CENTRAL)
 
 
 def _span(history: History) -> tuple[int, int]:

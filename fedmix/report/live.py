@@ -102,7 +102,7 @@ def read_now(run_dir: Path) -> Now:
         name=str(manifest.get("name") or run_dir.name),
         state=state,
         sentence=_sentence(state, str(manifest.get("cause") or ""), progress),
-        facts=tuple(_facts(manifest, progress, history, len(troubles))),
+        facts=tuple(_facts(manifest, progress, history, is_under_way=state == "running", num_troubles=len(troubles))),
         round=progress.round,
         total_rounds=progress.total_rounds,
         sites=tuple(_row(name, site, troubles) for name, site in progress.sites.items()),
@@ -159,16 +159,18 @@ def _sentence(state: str, cause: str, progress: Progress) -> str:
     return "A process works on it."
 
 
-def _facts(manifest: Mapping[str, Any], progress: Progress, history: History, num_troubles: int) -> list[tuple[str, str]]:
+def _facts(
+    manifest: Mapping[str, Any], progress: Progress, history: History, *, is_under_way: bool, num_troubles: int
+) -> list[tuple[str, str]]:
     started = manifest.get("started")
     left = progress.seconds_left()
-    is_under_way = 0 < progress.round < progress.total_rounds and manifest.get("state") == "running"
+    has_rounds_left = is_under_way and 0 < progress.round < progress.total_rounds
     facts = {
         "stage": progress.stage,
         "started": quantities.moment(started) if isinstance(started, float | str) else "",
         "last word": _clock(max((entry.time for entry in history.entries if entry.time is not None), default=None)),
         "last round took": quantities.duration(progress.round_seconds) if progress.round_seconds is not None else "",
-        "left": f"about {quantities.duration(left)}" if left is not None and is_under_way else "",
+        "left": f"about {quantities.duration(left)}" if left is not None and has_rounds_left else "",
         "sent by all sites": quantities.size(progress.bytes_up()),
         "dropped or failed": str(num_troubles or ""),
     }

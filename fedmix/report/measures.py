@@ -2,7 +2,7 @@
 
 One table of cells is drawn three times: in report.html, in the terminal and, for several runs, as Markdown. A method that
 lacks a number gets a dash that points to a numbered reason; a guess that has no such number at all, such as a mean image
-asked for an AUROC, gets an empty cell.
+asked for an AUROC, gets a dash alone.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from fedmix.report import markdown, quantities
-from fedmix.report.evaluated import Classifier, Evaluation, Fidelity, Ranking, Words
+from fedmix.report.evaluated import Classifier, Evaluation, Fidelity, Language, Ranking, Regeneration, Words
 from fedmix.report.summary import Report
 
 Kind = Literal["main", "baseline", "reference"]
 NOT_EVALUATED = "not evaluated in this run"
+GAP = "A dash without a number: does not apply."
 NO_REASON = "could not be computed; the run gave no reason"
 
 # What each baseline is, for readers who do not know its name.
 ABOUT_METHOD = {
-    "fedmix": "the method of this run",
+    "fedmix": "the method under study",
     "random_init": "weights never trained",
     "public_init": "public start weights, never trained here",
     "best_site": "the better of the sites alone",
@@ -114,6 +115,11 @@ class Grid:
         return tuple(column.pop() if len(column) == 1 else "" for column in columns)
 
     @property
+    def has_gaps(self) -> bool:
+        """Whether any measure has no meaning for a row."""
+        return any(cell is None for row in self.rows for cell in row.cells)
+
+    @property
     def has_numbers(self) -> bool:
         """Whether any cell holds a number."""
         return any(cell is not None and cell.note is None for row in self.rows for cell in row.cells)
@@ -126,26 +132,38 @@ def _absent(evaluation: Evaluation, place: str) -> Score:
 
 
 def _of_classifier(block: Classifier) -> Score:
-    setting = "" if block.num_test is None else f"{block.num_test:,} studies"
+    trained = f", trained on {block.num_train:,}" if block.num_train else ""
+    setting = "" if block.num_test is None else f"{block.num_test:,} studies{trained}"
     return Score(block.macro_auroc, block.ci95, setting, block.reason_for("macro_auroc"))
 
 
 def _of_ranking(block: Ranking) -> Score:
     chance = chance_at_10(block)
-    setting = "" if chance is None else f"of {block.gallery:,}; chance {quantities.percent(chance)}"
+    num = block.num_queries
+    queries = "" if num is None else f"{quantities.plural(num, 'query', 'queries')}, each in a gallery "
+    setting = "" if chance is None else f"{queries}of {block.gallery:,}; chance {quantities.percent(chance)}"
     return Score(block.recall_10, block.recall_10_ci95, setting, block.reason_for("r@10"))
 
 
-def _of_fidelity(block: Fidelity, mask_ratio: float | None) -> Score:
-    return Score(block.psnr_db, block.psnr_db_ci95, _hidden(mask_ratio), block.reason_for("psnr_db"))
+def _of_fidelity(block: Fidelity, whole: Regeneration) -> Score:
+    """``whole`` says on which images, for guesses too."""
+    images = "" if whole.num_images is None else quantities.plural(whole.num_images, "image")
+    return Score(block.psnr_db, block.psnr_db_ci95, _joined(images, _hidden(whole.mask_ratio)), block.reason_for("psnr_db"))
 
 
-def _of_words(block: Words, mask_ratio: float | None) -> Score:
-    return Score(block.bits_per_token, block.ci95, _hidden(mask_ratio), block.reason_for("bits_per_token"))
+def _of_words(block: Words, whole: Language) -> Score:
+    words = "" if whole.num_tokens is None else quantities.plural(whole.num_tokens, "token")
+    texts = "" if whole.num_texts is None else f" of {quantities.plural(whole.num_texts, 'report')}"
+    setting = _joined(words + texts, _hidden(whole.mask_ratio))
+    return Score(block.bits_per_token, block.ci95, setting, block.reason_for("bits_per_token"))
 
 
 def _hidden(mask_ratio: float | None) -> str:
     return "" if mask_ratio is None else f"{quantities.percent(mask_ratio, 0)} hidden"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _zero_shot(evaluation: Evaluation) -> Score:
@@ -183,12 +201,12 @@ def _text_to_image(evaluation: Evaluation) -> Score:
 
 def _psnr(evaluation: Evaluation) -> Score:
     block = evaluation.regeneration
-    return _of_fidelity(block, block.mask_ratio) if block else _absent(evaluation, "regeneration")
+    return _of_fidelity(block, block) if block else _absent(evaluation, "regeneration")
 
 
 def _bits(evaluation: Evaluation) -> Score:
     block = evaluation.language
-    return _of_words(block, block.mask_ratio) if block else _absent(evaluation, "language")
+    return _of_words(block, block) if block else _absent(evaluation, "language")
 
 
 def passing_mark(evaluation: Evaluation, trigger: str, finding: str) -> float | None:
@@ -261,7 +279,8 @@ def as_markdown(grid: Grid, *, with_settings: bool = False) -> str:
     for row in grid.rows:
         lines.append(markdown.row([markdown.text(row.name), *(_markdown_cell(cell, with_settings) for cell in row.cells)]))
     notes = [f"{number}. {markdown.text(note)}" for number, note in enumerate(grid.notes, 1)]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    gaps = ["", GAP] if grid.has_gaps else []
+    return "\n".join([*lines, *([""] if notes else []), *notes, *gaps]) + "\n"
 
 
 def recovered_gap(report: Report) -> list[tuple[Measure, float | None]]:
@@ -319,10 +338,10 @@ def _references(evaluation: Evaluation) -> Iterator[_Entry]:
         yield _entry("raw_pixels", "reference", _only(LINEAR_PROBE, _of_classifier(pixels)))
     if evaluation.regeneration:
         for name, guess in evaluation.regeneration.baselines.items():
-            yield _entry(name, "reference", _only(PSNR, _of_fidelity(guess, evaluation.regeneration.mask_ratio)))
+            yield _entry(name, "reference", _only(PSNR, _of_fidelity(guess, evaluation.regeneration)))
     if evaluation.language:
         for name, words in evaluation.language.baselines.items():
-            yield _entry(name, "reference", _only(BITS, _of_words(words, evaluation.language.mask_ratio)))
+            yield _entry(name, "reference", _only(BITS, _of_words(words, evaluation.language)))
 
 
 def _only(position: int, score: Score) -> list[Score | None]:
@@ -376,7 +395,7 @@ def _leaf(value: Any) -> str:
 
 def _markdown_cell(cell: Cell | None, with_setting: bool) -> str:
     if cell is None:
-        return ""
+        return quantities.DASH
     text = f"**{cell.text}**" if cell.is_best else cell.text
     told = [part for part in (cell.interval, cell.setting if with_setting else "") if part]
     note = f" [{cell.note}]" if cell.note else ""

@@ -8,8 +8,10 @@ from pathlib import Path
 from fedmix import config
 from fedmix.errors import ConfigError
 from fedmix.report import quantities
+from fedmix.report.learning import OBJECTIVE_TITLES
 
-SHOWN = ("mvm", "mlm", "contrast", "match", "anchor")
+SHOWN = ("mvm", "mlm", "contrast", "match", "anchor", "semantic", "local")
+SITES_OF = {"image": "image sites", "text": "report sites", "paired": "paired sites"}
 STAGE_COLUMNS = ("Stage", "Rounds", "Data", "Objectives and weights", "A site's round", "Optimiser", "Server's step")
 
 
@@ -32,6 +34,7 @@ def read_method(path: Path) -> tuple[Method | None, str]:
         return None, "This fedmix cannot read the run's config.yaml, which another version may have written."
     facts = (
         ("Model", _model(experiment)),
+        ("Objectives", _objectives(experiment)),
         ("Start", "random" if experiment.model.warm_start is None else "from local files, whose hashes the manifest has"),
         ("Sum at the server", _aggregation(experiment.aggregation)),
         ("On the way", _wire(experiment.wire)),
@@ -49,6 +52,12 @@ def _model(experiment: config.Experiment) -> str:
         f"one transformer of {quantities.plural(model.depth, 'block')}, {model.width} wide, {experts}; images of "
         f"{data.image_size} pixels a side in patches of {model.patch_size}, at most {data.max_words} tokens of a report"
     )
+
+
+def _objectives(experiment: config.Experiment) -> str:
+    """What the short names in the table stand for."""
+    used = [name for name in SHOWN if any(getattr(stage.objectives, name) for stage in experiment.stages)]
+    return quantities.listing([f"{name} is {OBJECTIVE_TITLES[name].lower()}" for name in used])
 
 
 def _aggregation(aggregation: config.Aggregation) -> str:
@@ -75,7 +84,9 @@ def _stage(stage: config.Stage) -> tuple[str, ...]:
     return (
         stage.name,
         str(stage.rounds),
-        quantities.listing(stage.streams) if stage.sites is None else quantities.listing(stage.sites),
+        quantities.listing([SITES_OF[stream] for stream in stage.streams])
+        if stage.sites is None
+        else quantities.listing(stage.sites),
         ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight),
         f"{quantities.plural(stage.local_steps, 'step')} of {stage.batch_size}",
         rate,

@@ -17,6 +17,7 @@ from fedmix.report.measures import MEASURES, Measure
 from fedmix.report.summary import Report
 
 HOLDINGS = {"image": "with images only", "text": "with reports only", "paired": "with both"}
+UNTRAINED = {"random_init": "a model never trained", "public_init": "public start weights never trained here"}
 EXPECTED_BASELINES = ("best_site", "fedavg_all", "paired_only", "centralised")  # the least that a claim has to stand beside
 
 
@@ -153,8 +154,11 @@ def _across(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _signed(value: float, interval: tuple[float, float] | None) -> str:
-    text = f"{value:+.2f}" + (f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else "")
-    return text.replace("-", "\N{MINUS SIGN}")
+    """With as many digits as it takes that neither the value nor an end reads as zero, four at most."""
+    numbers = (value, *(interval or ()))
+    digits = next((digits for digits in (2, 3) if all(round(number, digits) for number in numbers if number)), 4)
+    told, *ends = (quantities.signed(number, digits) for number in numbers)
+    return f"{told} ({ends[0]} to {ends[1]})" if ends else told
 
 
 def _standing(report: Report) -> Iterator[str]:
@@ -176,8 +180,14 @@ def _standing(report: Report) -> Iterator[str]:
             f"{measures.method_name(name)} on {_which(titles, num_compared)}" for name, titles in ahead.items() if titles
         ]
         verdict = f"ahead of it: {'; '.join(leaders)}" if leaders else "none is ahead of it on any of them"
-        compared = f"{quantities.plural(len(ahead), 'other method')} on {quantities.plural(num_compared, 'measure')}"
-        yield f"Compared with {compared}, {verdict}."
+        yield f"On {quantities.plural(num_compared, 'measure')}, compared with {_others(list(ahead))}, {verdict}."
+
+
+def _others(names: Sequence[str]) -> str:
+    """How many trained methods, and by name what was not trained here."""
+    untrained = [UNTRAINED[name] for name in names if name in UNTRAINED]
+    num_trained = len(names) - len(untrained)
+    return quantities.listing([quantities.plural(num_trained, "other trained method")] * bool(num_trained) + untrained)
 
 
 def _which(titles: Sequence[str], num_compared: int) -> str:

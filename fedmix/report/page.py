@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedmix.errors import RunError
-from fedmix.report import charts, learning, measures, narrative, quantities, site_value
-from fedmix.report.evaluated import Classifier
+from fedmix.report import charts, findings, learning, measures, narrative, quantities, site_value
 from fedmix.report.examples import Examples, load_examples
 from fedmix.report.files import read_json
+from fedmix.report.findings import Findings
 from fedmix.report.further import FurtherSet, by_finding, further_sets
 from fedmix.report.history import read_history
 from fedmix.report.learning import Section
@@ -24,6 +24,7 @@ from fedmix.report.readings import Readings, other_ways, readings
 from fedmix.report.summary import Report, Run, parse_report
 
 MAX_CONFIG_BYTES = 1 << 18
+REST = "all else: start, sending, waiting, other methods"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Page:
     gaps: tuple[tuple[str, str], ...]
     losses: Section
     central: Section
-    findings: Section
+    findings: Findings
     readings: Readings
     other_ways: tuple[str, ...]
     reranking: tuple[str, ...]
@@ -66,6 +67,7 @@ class Page:
     method_absence: str
     protection: tuple[str, ...]
     energy: str
+    overhead: str
     config: str
     manifest: tuple[tuple[str, str], ...]
 
@@ -94,8 +96,8 @@ def read_page(run_dir: Path) -> Page:
             history, history.streams() | ({site.name: site.stream for site in report.sites} if report else {})
         ),
         central=learning.central(history),
-        findings=_findings(report),
-        readings=readings(report.evaluation.classification if report else None),
+        findings=findings.findings(report.evaluation.classification if report else None),
+        readings=readings(report.evaluation if report else None),
         other_ways=tuple(other_ways(report.evaluation)) if report else (),
         reranking=tuple(narrative.reranking(report.evaluation)) if report else (),
         by_finding=tuple(by_finding(report.evaluation)) if report else (),
@@ -112,14 +114,22 @@ def read_page(run_dir: Path) -> Page:
         method_absence=method_absence,
         protection=tuple(narrative.protection(report)) if report else (),
         energy=narrative.energy(report) if report else "",
+        overhead=_overhead(report) if report else "",
         config=_config(run_dir / "config.yaml"),
         manifest=read_manifest(run_dir),
     )
 
 
 def read_manifest(run_dir: Path) -> tuple[tuple[str, str], ...]:
-    """manifest.json as rows of path and text; none where there is no such file."""
-    return tuple(_flat(read_json(run_dir / "manifest.json") or {}))
+    """manifest.json as rows of path and text, moments in ISO 8601; none where there is no such file."""
+    values = read_json(run_dir / "manifest.json")
+    if isinstance(values, Mapping):
+        values = {name: quantities.iso(item) if _is_moment(name, item) else item for name, item in values.items()}
+    return tuple(_flat(values or {}))
+
+
+def _is_moment(name: str, value: Any) -> TypeGuard[float]:
+    return name in ("started", "finished") and isinstance(value, int | float)
 
 
 def _run_of_manifest(manifest: Any, folder: str) -> Run:
@@ -154,29 +164,6 @@ def _gaps(report: Report) -> list[tuple[str, str]]:
     return [(measure.title, "not defined" if gap is None else f"{100 * gap:.0f} %") for measure, gap in gaps]
 
 
-def _findings(report: Report | None) -> Section:
-    """A panel for each reading of the features, findings in one order: the last reading's, best first."""
-    group = report.evaluation.classification if report else None
-    blocks = {"Zero-shot AUROC": group.zero_shot, "Linear probe AUROC": group.linear_probe} if group else {}
-    readings = [(title, _label_values(block), block.macro_auroc) for title, block in blocks.items() if block]
-    readings = [reading for reading in readings if reading[1]]
-    if not readings:
-        return Section(absence="No finding was evaluated on its own.")
-    strength = readings[-1][1]
-    order = sorted({name for _, values, _ in readings for name in values}, key=lambda name: (-strength.get(name, 0.0), name))
-    return Section(
-        tuple(
-            charts.bar_panel(title, {name: values[name] for name in order if name in values}, macro)
-            for title, values, macro in readings
-        )
-    )
-
-
-def _label_values(block: Classifier) -> dict[str, float]:
-    """AUROC of each finding that has one; findings without both classes in the test set are null and left out."""
-    return {name: value for name, value in block.per_label.items() if value is not None}
-
-
 def _examples(folder: Path) -> tuple[Examples | None, str]:
     try:
         return load_examples(folder), ""
@@ -193,8 +180,17 @@ def _times(report: Report) -> list[TimeShare]:
     fits = 0 < total <= wall * 1.001
     shares = [TimeShare(name, quantities.duration(value), value / wall if fits else None) for name, value in known.items()]
     if fits:
-        shares.append(TimeShare("everything else", quantities.duration(max(wall - total, 0.0)), max(1 - total / wall, 0.0)))
+        shares.append(TimeShare(REST, quantities.duration(max(wall - total, 0.0)), max(1 - total / wall, 0.0)))
     return shares
+
+
+def _overhead(report: Report) -> str:
+    """What rounds took beyond training, in a sentence; nothing where it was not measured."""
+    ratio = report.timing.overhead_ratio
+    if ratio is None:
+        return ""
+    more = f"{quantities.percent(ratio - 1)} longer than" if ratio > 1 else "as long as"
+    return f"The rounds took {more} the time in which at least one site was training; the rest is sending and adding up."
 
 
 def _config(path: Path) -> str:

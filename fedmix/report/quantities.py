@@ -16,14 +16,21 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; what rounds to nothing has none."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction from 0 to 1 as a percentage."""
     return DASH if value is None else f"{100 * value:.{digits}f} %"
 
 
 def span(low: str, high: str) -> str:
-    """From one value to another; a percent sign that both have is written once."""
-    return f"{low.removesuffix(' %')}{DASH}{high}"
+    """From one value to another; a percent sign that both have is written once, a dash never stands beside a minus sign."""
+    between = " to " if low.startswith("-") or high.startswith("-") else DASH
+    return f"{low.removesuffix(' %')}{between}{high}".replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: float | None) -> str:
@@ -69,6 +76,11 @@ def moment(value: float | str | None) -> str:
     else:
         when = datetime.fromtimestamp(value, tz=UTC)
     return f"{when.day} {when:%b %Y, %H:%M} UTC"
+
+
+def iso(unix_seconds: float) -> str:
+    """A moment in ISO 8601, UTC, to the second."""
+    return datetime.fromtimestamp(unix_seconds, tz=UTC).isoformat(timespec="seconds")
 
 
 def plural(number: int, noun: str, nouns: str | None = None) -> str:

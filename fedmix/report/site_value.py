@@ -12,10 +12,10 @@ from fedmix.report import markdown, measures, quantities
 from fedmix.report.evaluated import Evaluation
 from fedmix.report.summary import Report, Site, SiteScore
 
-HEAD = ("hospital", "gave", "measure", "alone", "federation", "got")
+HEAD = ("hospital", "measure", "alone", "federation", "got")
 ABOUT = (
     "Each hospital scored the last model on patients of its own that it never trained on, and sent sums. Alone: the model that "
-    "it trained for itself in as many steps of its own. Weight: its part of what moved each part of the model."
+    "it trained for itself in as many steps of its own. Weight of what it gave: its part of what moved each part of the model."
 )
 WITHOUT = "without_"  # begins the name of the baseline that left a site out
 HELD = {"image": "images", "text": "reports", "paired": "pairs"}
@@ -24,18 +24,26 @@ TOWERS = ("shared", "image", "text", "pair")
 
 @dataclass(frozen=True)
 class Kind:
-    """How a measure of a site is called and shown; ``sign``: 1 where higher is better, -1 where lower is."""
+    """How a measure of a site is called and shown; ``sign``: 1 where higher is better, -1 where lower is.
+
+    ``unit`` is that of a difference: of percentages it is points.
+    """
 
     title: str
     over: str
     sign: int
     show: Callable[[float], str]
+    unit: str
+
+    def amount(self, difference: float) -> str:
+        """How large a difference is, without its sign and unit."""
+        return self.show(abs(difference)).split(" ")[0]
 
 
 KINDS = {
-    "score/psnr_db": Kind("PSNR of hidden patches", "images", 1, lambda value: f"{value:.2f} dB"),
-    "score/bits_per_token": Kind("bits per hidden word", "words", -1, lambda value: f"{value:.3f}"),
-    "score/r1_of_32": Kind("R@1 among 32", "queries", 1, quantities.percent),
+    "score/psnr_db": Kind("PSNR of hidden patches", "images", 1, lambda value: f"{value:.2f} dB", "dB"),
+    "score/bits_per_token": Kind("bits per hidden token", "tokens", -1, lambda value: f"{value:.3f}", "bits a token"),
+    "score/r1_of_32": Kind("R@1 among 32", "queries", 1, quantities.percent, "points"),
 }
 
 
@@ -53,19 +61,23 @@ def lines(report: Report) -> tuple[Line, ...]:
     found: list[Line] = []
     for site in report.sites:
         if site.unscored is not None:
-            found.append(Line(site, (site.name, gave(site), f"no score: {site.unscored}", "", "", "")))
+            found.append(Line(site, (site.name, f"no score: {site.unscored}", "", "", "")))
         found += [_line(site, name, score) for name, score in site.scores.items() if name in KINDS]
     return tuple(found)
 
 
 def contributions(report: Report) -> tuple[str, ...]:
-    """For each site that was left out once, what the central evaluation says with it and without it; of the others nothing."""
-    return tuple(
+    """What each site that was asked gave, and for each that was left out once what the central evaluation says with it and
+    without it.
+    """
+    asked = [site for site in report.sites if site.scores or site.unscored is not None]
+    without = tuple(
         f"With and without {site.name}: {quantities.listing(changes)}."
         for site in report.sites
         if (other := report.baselines.get(f"{WITHOUT}{site.name}"))
         and (changes := _changes(report.evaluation, other.evaluation))
     )
+    return (*(f"{site.name} gave {gave(site)}." for site in asked), *without)
 
 
 def _changes(whole: Evaluation, without: Evaluation) -> list[str]:
@@ -87,14 +99,14 @@ def verdict(found: Sequence[Line]) -> str:
         return "No hospital's model of its own was scored, so nothing says what any of them gained."
     winners = [name for name in compared if min(gains[name]) > 0]
     losers = [name for name in compared if min(gains[name]) <= 0]
-    others = f" Not on all of its own: {quantities.listing(losers)}." if losers else ""
+    others = f" Worse or no better on some measure: {quantities.listing(losers)}." if losers else ""
     rest = f" Not compared: {quantities.listing([name for name in asked if not gains[name]])}." if asked != compared else ""
     return f"{len(winners)} of {quantities.plural(len(asked), 'hospital')} gained on every measure of its own.{others}{rest}"
 
 
 def as_markdown(found: Sequence[Line], contributed: Sequence[str]) -> str:
     """The table and its sentences, and what was said of sites that were left out."""
-    table = markdown.table(HEAD, [line.texts for line in found], num_words=3)
+    table = markdown.table(HEAD, [line.texts for line in found], num_words=2)
     about = f"{markdown.text(verdict(found))} {markdown.text(ABOUT)}\n\n{table}\n" if found else ""
     return about + markdown.items(contributed)
 
@@ -109,8 +121,9 @@ def gave(site: Site) -> str:
 def _line(site: Site, name: str, score: SiteScore) -> Line:
     kind = KINDS[name]
     measure = f"{kind.title} ({quantities.count(score.weight)} {kind.over})"
+    value = kind.show(score.value)
     if score.alone is None:
-        return Line(site, (site.name, gave(site), measure, quantities.DASH, kind.show(score.value), quantities.DASH))
+        return Line(site, (site.name, measure, quantities.DASH, value, quantities.DASH))
     gain = kind.sign * (score.value - score.alone)
-    got = "no difference" if gain == 0 else f"{kind.show(abs(gain))} {'better' if gain > 0 else 'worse'}"
-    return Line(site, (site.name, gave(site), measure, kind.show(score.alone), kind.show(score.value), got), gain)
+    got = f"{kind.amount(gain)} {kind.unit} {'better' if gain > 0 else 'worse'}" if gain else "no difference"
+    return Line(site, (site.name, measure, kind.show(score.alone), value, got), gain)

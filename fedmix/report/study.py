@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,10 @@ from fedmix.report.summary import Site
 SCHEMA = 1
 MAIN, BEST_SITE, POOLED = "fedmix", "best_site", ("centralised", "centralised_steps")
 COSTS = "costs.json"
+ALONE = "site_"  # begins the name of a method that is one site by itself
 SLOWING = {"precision", "device", "micro_batch", "checkpoint_activations"}  # keys of federation that a step's time depends on
+UNMEASURED = "not measured with this version of fedmix; `fedmix simulate CONFIG --out FOLDER --resume` measures it"
+NOT_PLAIN = "not measured: a step with noise or with adapters takes other times than the plain step that is measured"
 State = Literal["completed", "failed", "unfinished"]
 Mark = tuple[str, str]  # a trigger, and the finding that it is to pass for
 
@@ -44,6 +47,12 @@ MEASURES: dict[str, Measure] = {  # names in study.json
     "bits_per_token": measures.MEASURES[measures.BITS],
     "membership_auc": measures.MEMBERSHIP,
     "planted_mark": measures.PLANTED,
+}
+ABOUT = measures.ABOUT_METHOD | {
+    MAIN: "the method of this study",
+    "median": "each number's median over the sites",
+    "trimmed_mean": "each number's mean without its extremes",
+    "unguarded_mean": "the plain mean: nothing clipped or refused",
 }
 PLANTED = "planted_mark"
 ATTACKS = ("membership_auc", PLANTED)  # what a model gives away, what was slipped into it; most studies attack none
@@ -63,11 +72,6 @@ class Estimate:
         return len(self.by_seed)
 
     @property
-    def half_width(self) -> float | None:
-        """How far the interval reaches to either side."""
-        return None if self.interval is None else self.interval[1] - self.mean
-
-    @property
     def is_clear(self) -> bool:
         """Whether the interval leaves zero out; what is asked of a difference."""
         return self.interval is not None and self.interval[0] * self.interval[1] > 0
@@ -75,12 +79,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's training took: optimiser steps of all sites, studies by stream, CPU seconds, bytes sent."""
+    """What a method's training took: steps of all sites, studies by stream, CPU seconds (None: ``why``), bytes sent."""
 
     steps: int = 0
     examples: Mapping[str, int] = field(default_factory=dict)
     core_s: float | None = None
     bytes_up: int | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Cell:
     cause: str | None
     methods: Mapping[str, Result]
     sites: tuple[Site, ...] = ()  # of a completed cell
+    judged_on: str = ""  # sample sizes of its evaluation
 
 
 @dataclass(frozen=True)
@@ -124,17 +130,28 @@ class Study:
     def standing(self) -> str:
         """How far it is, as a sentence."""
         regimes, seeds = quantities.plural(len(self.regimes), "regime"), quantities.plural(len(self.seeds), "seed")
-        text = f"{self.num_done} of {len(self.cells)} cells ({regimes}, {seeds}) are complete"
         failed = sum(cell.state == "failed" for cell in self.cells)
-        return f"{text}, {failed} failed." if failed else f"{text}."
+        text = (
+            f"{self.num_done} of {quantities.plural(len(self.cells), 'run')} complete{f', {failed} failed' if failed else ''}"
+        )
+        return f"{text}: {regimes}, {seeds}{' each' if len(self.regimes) > 1 else ''}."
+
+    @property
+    def judged_on(self) -> str:
+        """On how many held-out studies, as a sentence; runs that differ in it are told one after the other."""
+        return " Other runs: ".join(dict.fromkeys(cell.judged_on for cell in self.cells if cell.judged_on))
 
     def estimate(self, regime: str, method: str, measure: str) -> Estimate | None:
         """A method's number over the seeds that have it; None if none has."""
         return estimate(self._values(regime, method, measure))
 
-    def difference(self, regime: str, method: str, measure: str) -> Estimate | None:
-        """Main method less another, seed by seed; None if no seed has both."""
-        ours, theirs = self._values(regime, MAIN, measure), self._values(regime, method, measure)
+    def num_seeds(self, regime: str, method: str) -> int:
+        """How many seeds have any of a method's numbers."""
+        return sum(cell.regime == regime and method in cell.methods for cell in self.cells)
+
+    def difference(self, regime: str, method: str, measure: str, *, of: str = MAIN) -> Estimate | None:
+        """The main method, or another one, less a method, seed by seed; None if no seed has both."""
+        ours, theirs = self._values(regime, of, measure), self._values(regime, method, measure)
         return estimate({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
 
     def change(self, before: str, after: str, method: str, measure: str) -> Estimate | None:
@@ -174,6 +191,11 @@ def estimate(by_seed: Mapping[int, float]) -> Estimate | None:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     return Estimate(mean, (mean - half, mean + half), dict(by_seed))
+
+
+def about_method(name: str) -> str:
+    """What a method is, for readers of a study who do not know its name."""
+    return ABOUT.get(name, "one site for itself" if name.startswith(ALONE) else "")
 
 
 def is_study(folder: Path) -> bool:
@@ -321,9 +343,27 @@ def _read_cell(folder: Path, regime: str, seed: int, step_costs: Mapping[str, fl
     methods = {}
     for name, branch in branches.items():
         run = folder if name == MAIN else folder / "baselines" / branch.get("site", name)
-        methods[name] = Result(_scores(branch["evaluation"], marks), _cost(run, step_costs), branch.get("site"))
+        cost = _cost(run, step_costs)
+        cost = replace(cost, bytes_up=0) if name == BEST_SITE or name.startswith(ALONE) else cost  # nothing leaves it
+        methods[name] = Result(_scores(branch["evaluation"], marks), cost, branch.get("site"))
     sites = tuple(Site.model_validate(site) for site in report["sites"]) if state == "completed" else ()
-    return Cell(regime, seed, state, said.get("cause"), methods, sites)
+    sizes = next((judged_on(Evaluation.model_validate(branch["evaluation"])) for branch in branches.values()), "")
+    return Cell(regime, seed, state, said.get("cause"), methods, sites, sizes)
+
+
+def judged_on(evaluation: Evaluation) -> str:
+    """The sample sizes of an evaluation that it tells."""
+    classified, found = evaluation.classification, evaluation.retrieval and evaluation.retrieval.image_to_text
+    read = classified and (classified.zero_shot or classified.linear_probe)
+    parts = []
+    if read and read.num_test:
+        parts.append(f"findings in {quantities.plural(read.num_test, 'held-out test study', 'held-out test studies')}")
+    if found and found.gallery:
+        chance = quantities.percent(measures.chance_at_10(found))
+        parts.append(f"R@10 among {found.gallery:,} candidates, where guessing gives {chance}")
+    if classified and classified.few_label_probe and classified.few_label_probe.num_train:
+        parts.append(f"few labels are {classified.few_label_probe.num_train:,} labelled studies")
+    return f"Judged on: {'; '.join(parts)}." if parts else ""
 
 
 def _branches(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -361,8 +401,8 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
     experiment = config.load(run / "config.yaml")
     stages = {stage.name: stage for stage in experiment.stages}
     streams = {site.name: site.stream for site in experiment.data.sites}
-    if experiment.privacy.mode == "dp" or experiment.privacy.trainable != "all":
-        step_costs = {}  # what was measured is a plain step of the whole model
+    is_plain = experiment.privacy.mode != "dp" and experiment.privacy.trainable == "all"
+    step_costs = step_costs if is_plain else {}
     steps, bytes_up, examples, core_s = 0, 0, dict[str, int](), 0.0
     for row in _site_rows(run / "metrics.jsonl"):
         stage = stages[row["stage"]]
@@ -371,7 +411,9 @@ def _cost(run: Path, step_costs: Mapping[str, float]) -> Cost:
         bytes_up += int(row["values"].get("comm/bytes_up", 0))
         for stream in ("image", "text", "paired"):
             examples[stream] = examples.get(stream, 0) + int(row["values"].get(f"data/{stream}", 0))
-    return Cost(steps, examples, core_s if math.isfinite(core_s) else None, bytes_up)
+    if math.isfinite(core_s):
+        return Cost(steps, examples, core_s, bytes_up)
+    return Cost(steps, examples, None, bytes_up, UNMEASURED if is_plain else NOT_PLAIN)
 
 
 def _site_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,65 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from fedmix.report import study_value
+from fedmix.report.attacked import Marked
 from fedmix.report.comparison import COSTS, Comparison, CostRow, gap_sentence
 from fedmix.report.measures import Cell, Grid, Measure
-from fedmix.report.terminal import printable
+from fedmix.report.terminal import Folded, printable
 
 COST_SHORT = dict(zip(COSTS, ("steps", "images", "reports", "pairs", "core s", "sent"), strict=True))
-GAP = 2  # columns between one value and the next
 
 
-def study_tables(one: Comparison, width: int) -> Iterator[RenderableType]:
-    """A study for a terminal of so many columns: per regime means, differences and costs, as many measures as fit side by
-    side; a value's interval is in the line below it.
-    """
+def study_tables(one: Comparison) -> Iterator[RenderableType]:
+    """A study for a terminal: per regime means, differences and costs; a value's interval is in the line below it."""
     yield Text.assemble((printable(one.name), "bold"), f"  {one.standing}")
+    if one.judged_on:
+        yield Text(one.judged_on, style="dim")
     yield from (Text(printable(failure), style="red") for failure in one.failures)
+    if one.attacks:
+        yield from (Text(printable(lie), style="dim") for lie in one.lies)
     for attack in one.attacks:
         yield Text.assemble("\n", (attack.title, "bold"), (f"  {attack.about}", "dim"))
-        yield from _split(attack.grid, "", width)
+        yield _table(attack.grid, "")
     for regime in one.regimes:
         yield Text.assemble("\n", (printable(regime.name), "bold"), (f"  {regime.num_seeds}", "dim"))
+        yield Text(regime.basis, style="dim")
         if regime.winners:
             yield Text(regime.winners, style="dim")
-        yield from _split(regime.means, "mean", width)
+        yield _table(regime.means, "mean")
         if regime.differences.rows:
-            yield from _split(regime.differences, "fedmix less", width)
-        yield _cost_table(regime.costs)
+            yield Text(f"fedmix less each. {regime.about_differences}", style="dim")
+            yield _table(regime.differences, "fedmix less")
+        if regime.costs:
+            yield _cost_table(regime.costs)
+        yield from (Text(note, style="dim") for note in regime.cost_notes)
         yield from (Text(gap_sentence(gap), style="dim") for gap in regime.gaps)
         if regime.values:
             yield _value_table(regime.values)
     yield Text("\n" + " ".join(one.notes), style="dim")
 
 
-def _split(grid: Grid, first_column: str, width: int) -> Iterator[Table]:
-    """A grid as one table, or as several where its measures do not fit side by side."""
-    texts = [list(map(_lines, grid.measures, row.cells)) for row in grid.rows]
-    names = GAP + max(len(row.name) for row in grid.rows)
-    lines = [measure.short for measure in grid.measures] + [text.plain for row in texts for text in row]
-    column = GAP + max(len(line) for text in lines for line in text.split("\n"))
-    step = max(1, (width - names) // column)
-    for start in range(0, len(grid.measures), step):
-        chosen = slice(start, start + step)
-        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
-        table.add_column(first_column, no_wrap=True)
-        for measure in grid.measures[chosen]:
-            table.add_column(Text(measure.short, justify="right"), justify="right", no_wrap=True)
-        for row, cells in zip(grid.rows, texts, strict=True):
-            style = "bold cyan" if row.kind == "main" else ""
-            table.add_row(Text(printable(row.name), style=style), *cells[chosen])
-        yield table
+def _table(grid: Grid, first_column: str) -> Folded:
+    rows = [
+        (
+            Text(printable(row.name), style="bold cyan" if row.kind == "main" else ""),
+            tuple(map(_lines, grid.measures, row.cells)),
+        )
+        for row in grid.rows
+    ]
+    return Folded(first_column, tuple(measure.short for measure in grid.measures), tuple(rows))
 
 
 def _lines(measure: Measure, cell: Cell | None) -> Text:
     """A value, below it how far its interval reaches to either side and, where that is not all of them, how many seeds."""
     if cell is None:
         return Text()
-    text = Text(cell.text.removesuffix(" %"), style="bold" if cell.is_best else "")
+    text = Text(cell.text.removesuffix(" %"), style=_emphasis(cell))
     if cell.score.interval is not None:
         half = (cell.score.interval[1] - cell.score.interval[0]) / 2
         text.append(f"\n±{measure.show(half).removesuffix(' %')}", style="dim not bold")
@@ -72,23 +69,22 @@ def _lines(measure: Measure, cell: Cell | None) -> Text:
     return text
 
 
-def _value_table(rows: Sequence[study_value.Row]) -> Table:
+def _emphasis(cell: Cell) -> str:
+    return "" if not cell.is_best else "bold red" if isinstance(cell, Marked) and cell.is_worse else "bold"
+
+
+def _value_table(rows: Sequence[study_value.Row]) -> Folded:
     """What each hospital got; an interval is in the line below its value."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for column, title in enumerate(study_value.HEAD[:-1]):
-        table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")
+    found = []
     for row in rows:
-        *texts, got, interval = row.texts
+        site, measure, *texts, got, interval = row.texts
         cell = Text(got, style="bold" if row.got is not None and row.got.is_clear else "")
-        table.add_row(*(Text(printable(text)) for text in texts), cell.append(f"\n{interval}", style="dim not bold"))
-    return table
+        cell.append(f"\n{interval}", style="dim not bold")
+        found.append((Text(printable(f"{site}: {measure}")), (*(Text(printable(text)) for text in texts), cell)))
+    return Folded("hospital: measure", study_value.HEAD[2:-1], tuple(found))
 
 
-def _cost_table(rows: Sequence[CostRow]) -> Table:
-    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("took", no_wrap=True)
-    for title in COSTS:
-        table.add_column(Text(COST_SHORT[title], justify="right"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(Text(printable(row.name), style="bold cyan" if row.kind == "main" else ""), *row.texts)
-    return table
+def _cost_table(rows: Sequence[CostRow]) -> Folded:
+    named = [Text(printable(row.name), style="bold cyan" if row.kind == "main" else "") for row in rows]
+    values = [tuple(map(Text, row.texts)) for row in rows]
+    return Folded("took", tuple(COST_SHORT[title] for title in COSTS), tuple(zip(named, values, strict=True)))

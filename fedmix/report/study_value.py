@@ -38,7 +38,8 @@ class Row:
         if self.got is None:
             return self.site, kind.title, alone, kind.show(self.federation.mean), quantities.DASH, ""
         span = "" if self.got.interval is None else " to ".join(_signed(kind, end) for end in self.got.interval)
-        return self.site, kind.title, alone, kind.show(self.federation.mean), _signed(kind, self.got.mean), span
+        got = f"{_signed(kind, self.got.mean)} {kind.unit}"
+        return self.site, kind.title, alone, kind.show(self.federation.mean), got, span
 
 
 def rows(study: Study, regime: str) -> tuple[Row, ...]:
@@ -70,5 +71,4 @@ def _row(site: str, name: str, by_seed: dict[int, tuple[Site, ...]]) -> Row | No
 
 
 def _signed(kind: Kind, value: float) -> str:
-    sign = "\N{MINUS SIGN}" if value < 0 else "+"
-    return sign + kind.show(abs(value))
+    return ("\N{MINUS SIGN}" if value < 0 else "+") + kind.amount(value)

@@ -7,11 +7,13 @@ control characters: a site cannot colour, move or rewrite the coordinator's scre
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -25,11 +27,20 @@ from fedmix.report.progress import Progress, SiteState
 from fedmix.report.readings import other_ways
 from fedmix.report.summary import Report
 
+GAP = 2  # columns between one value and the next
 MAX_SITE_ROWS = 16  # a taller table would push the progress bar off the screen
 NARROW = 84  # columns below which the table drops what the report will tell anyway
 LOSS_WIDTH = {False: 22, True: 52}  # columns for the losses of a site, narrow and wide
 STREAM_COLOURS = {"image": "blue", "text": "yellow", "paired": "magenta"}
 STATE_COLOURS = {"sent": "green", "missed": "red"}
+READINGS: dict[str, tuple[str, Callable[[float], str]]] = {  # of an evaluation while a run trains
+    "zero_shot/macro_auroc": ("zero-shot AUROC", quantities.decimal),
+    "linear_probe/macro_auroc": ("linear probe AUROC", quantities.decimal),
+    "retrieval/r@10": ("R@10", quantities.percent),
+    "regeneration/psnr_db": ("PSNR", lambda value: f"{value:.2f} dB"),
+    "language/bits_per_token": ("bits a token", lambda value: quantities.decimal(value, 2)),
+    "time/evaluate_s": ("took", quantities.duration),
+}
 
 
 class LiveView:
@@ -111,7 +122,13 @@ def round_line(progress: Progress) -> str:
 
 def values_text(values: Mapping[str, float]) -> str:
     """Names and values in a row."""
-    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+    return "  ".join(" ".join(reading(name, value)) for name, value in values.items())
+
+
+def reading(name: str, value: float) -> tuple[str, str]:
+    """A number of a metric row under the name and in the form that people know it by."""
+    title, show = READINGS.get(name, (name, "{:.3g}".format))
+    return title, show(value)
 
 
 def view(progress: Progress, width: int) -> RenderableType:
@@ -126,8 +143,8 @@ def view(progress: Progress, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def final_table(report: Report) -> Table:
-    """The headline results for the end of a run; its values fit in 60 columns, intervals are in the report."""
+def final_table(report: Report) -> Folded:
+    """The headline results for the end of a run; intervals are in the report."""
     return grid_table(measures.headline(report), "method")
 
 
@@ -152,34 +169,75 @@ def _remark(sentence: str) -> Text:
     return Text(printable(sentence), style="dim")
 
 
-def value_table(found: Sequence[site_value.Line]) -> Table:
-    """What each hospital got; what it gave is in the report."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for column, title in enumerate(site_value.HEAD):
-        if title != "gave":
-            table.add_column(title, justify="right" if column > 2 else "left", overflow="fold")
-    for line in found:
-        name, _, *rest = (Text(printable(text)) for text in line.texts)
-        table.add_row(name, *rest)
-    table.caption, table.caption_justify = Text(printable(site_value.verdict(found)), style="dim"), "left"
-    return table
+def value_table(found: Sequence[site_value.Line]) -> Folded:
+    """What each hospital got; what it gave is in the sentences above."""
+    rows = [
+        (Text(printable(f"{line.texts[0]}: {line.texts[1]}")), tuple(Text(printable(text)) for text in line.texts[2:]))
+        for line in found
+    ]
+    return Folded("hospital: measure", site_value.HEAD[2:], tuple(rows), (site_value.verdict(found),))
 
 
-def grid_table(grid: Grid, first_column: str) -> Table:
-    """A headline or comparison grid as a table of point values, the best of each column in bold."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(first_column, vertical="bottom", overflow="fold", min_width=8, ratio=None)
-    for measure in grid.measures:
-        table.add_column(Text(measure.short, justify="right"), justify="right", no_wrap=True)
-    for row in grid.rows:
-        style = "bold cyan" if row.kind == "main" else "dim" if row.kind == "reference" else ""
-        table.add_row(Text(printable(row.name), style=style), *map(_cell_text, row.cells))
-    if grid.notes:
-        table.caption = Text(
-            "\n".join(printable(f"[{number}] {note}") for number, note in enumerate(grid.notes, 1)), style="dim"
-        )
-        table.caption_justify = "left"
-    return table
+@dataclass(frozen=True)
+class Folded:
+    """Rows of numbers as one table or, where a screen is too narrow, as several under each other; no number is cut.
+
+    ``rows``: the name of each and its values, one for each of ``titles``.
+    """
+
+    first: str
+    titles: tuple[str, ...]
+    rows: tuple[tuple[Text, tuple[Text, ...]], ...]
+    notes: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """The tables for the screen's width."""
+        columns = list(zip(*(values for _, values in self.rows), strict=True))
+        widths = [GAP + broadest(title, *cells) for title, cells in zip(self.titles, columns, strict=False)]
+        whole = GAP + broadest(self.first, *(name for name, _ in self.rows))
+        least = GAP + max(longest_word(name.plain) for name in [Text(self.first), *(name for name, _ in self.rows)])
+        names = whole if whole + sum(widths) <= options.max_width else min(whole, max(least, options.max_width // 3))
+        for chosen in fitting(widths, options.max_width - names):
+            yield self._table(chosen, names - GAP)
+        yield from (Text(printable(note), style="dim") for note in self.notes)
+
+    def _table(self, chosen: slice, width: int) -> Table:
+        table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="dim")
+        table.add_column(self.first, overflow="fold", width=width)
+        for title in self.titles[chosen]:
+            table.add_column(Text(title, justify="right"), justify="right", no_wrap=True)
+        for name, values in self.rows:
+            table.add_row(name, *values[chosen])
+        return table
+
+
+def broadest(*texts: str | Text) -> int:
+    """How many columns the longest line of texts takes."""
+    return max(cell_len(line) for text in texts for line in str(text).split("\n"))
+
+
+def longest_word(text: str) -> int:
+    """How many columns the longest word takes: a narrower column would break it."""
+    return max(map(cell_len, text.split()), default=0)
+
+
+def fitting(widths: Sequence[int], room: int) -> Iterator[slice]:
+    """Columns of such widths in tables that fit into so much room, one column at the least."""
+    start, used = 0, 0
+    for column, width in enumerate(widths):
+        if used + width > room and column > start:
+            yield slice(start, column)
+            start, used = column, 0
+        used += width
+    yield slice(start, len(widths))
+
+
+def grid_table(grid: Grid, first_column: str) -> Folded:
+    """A headline or comparison grid as tables of point values, the best of each column in bold."""
+    styles = {"main": "bold cyan", "reference": "dim", "baseline": ""}
+    rows = tuple((Text(printable(row.name), style=styles[row.kind]), tuple(map(_cell_text, row.cells))) for row in grid.rows)
+    notes = tuple(f"[{number}] {note}" for number, note in enumerate(grid.notes, 1))
+    return Folded(first_column, tuple(measure.short for measure in grid.measures), rows, notes)
 
 
 def _cell_text(cell: Cell | None) -> Text:
@@ -240,7 +298,8 @@ def _loss_text(losses: Mapping[str, float], width: int) -> Text:
 
 
 def _named(name: str, value: float) -> Text:
-    return Text.assemble((f"{printable(name)} ", "dim"), f"{value:.3g}")
+    title, text = reading(name, value)
+    return Text.assemble((f"{printable(title)} ", "dim"), text)
 
 
 def _evaluation(progress: Progress) -> Text:

@@ -11,7 +11,7 @@ from little import waited_until
 
 from client import agent, home, runner
 from client.home import Home, Settings
-from fedmix.errors import RunError
+from fedmix.errors import ConfigError, RunError
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def test_two_agents_of_different_homes_take_different_ports(made: Home, tmp_path
     other = home.create(tmp_path / "other", made.settings(), b"certificate")
     first, second = agent.programs_of(made)[0].command, agent.programs_of(other)[0].command
     assert first[first.index("--port") + 1] != second[second.index("--port") + 1]
+
+
+def test_an_agent_without_its_key_does_not_start_and_says_why(made: Home) -> None:
+    made.key.unlink()
+    with pytest.raises(ConfigError, match="this site's home lacks key, so no agent can start"):
+        agent.run(made, print)
 
 
 def test_one_home_has_one_agent(made: Home) -> None:

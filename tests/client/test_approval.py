@@ -71,6 +71,8 @@ def test_an_approved_plan_is_kept_byte_for_byte_and_written_down(made: Home, wor
         ({}, {"privacy": {"secure_sum": True}}, "asks for secure sums, which the plan does not have"),
         ({}, {"privacy": {"epsilon": 3.0}}, "asks for differential privacy, which the plan does not have"),
         ({}, {"groups": ["image.*"]}, "this site's policy does not let"),
+        ({}, {"metrics": []}, "does not let 3 of the reply's metrics leave"),
+        ({}, {"min_studies": 5000}, "this site takes part with 5000 training studies or more, and has fewer"),
     ],
 )
 def test_a_plan_that_could_not_run_here_is_not_approved(
@@ -82,6 +84,13 @@ def test_a_plan_that_could_not_run_here_is_not_approved(
     with pytest.raises(PolicyError, match=cause.replace(".", r"\.")):
         approval.approve(made, path)
     assert list(made.plans.iterdir()) == []
+
+
+def test_a_plan_is_not_approved_without_the_shard(made: Home, world: World, tmp_path: Path) -> None:
+    path, settings = written_plan(tmp_path, world), made.settings_file.read_text()
+    made.settings_file.write_text(settings.replace(str(made.settings().shard), str(tmp_path / "moved")))
+    with pytest.raises(PolicyError, match="shard"):
+        approval.approve(made, path)
 
 
 def test_a_plan_of_other_sites_is_not_approved(made: Home, world: World, tmp_path: Path) -> None:

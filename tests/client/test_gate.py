@@ -190,6 +190,14 @@ def test_a_private_plan_within_the_budget_is_answered_and_the_ledger_holds_its_e
     set_policy(made, privacy={"mode": "dp", "epsilon": 3.0})
     why = refused(made, order(world, "paired", plan=plan, ledger=HEAD, round=2))
     assert why == "this site's policy gives an epsilon of 3 at most, the plan asks for 8"
+    set_policy(made, privacy={"mode": "dp", "epsilon": 8.0, "delta": 1e-6})  # the same steps look cheaper with a larger delta
+    why = refused(made, order(world, "paired", plan=plan, ledger=HEAD, round=2))
+    assert why == "this site's policy counts privacy loss with a delta of 1e-06 at most, the plan with 1e-05"
+    set_policy(made, privacy={"mode": "dp", "epsilon": 8.0})
+    (made.state / "privacy.jsonl").unlink()
+    why = refused(made, order(world, "paired", plan=plan, ledger=HEAD, round=2))
+    assert why.startswith("this site's privacy ledger lacks rounds that its ledger of messages says were sent")
+    assert not (made.state / "privacy.jsonl").exists()
 
 
 def test_too_few_studies_are_refused_without_their_number(made: Home, world: World, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from hospitals import answer, approved, hospital, refused, set_policy, written_p
 from little import World, scoring
 from test_app import order
 
-from client import approval, messages
+from client import approval, messages, scored
 from client.home import Home
+from fedmix.data.shard import Shard
 from fedmix.deployment.ledger import Ledger
+from fedmix.errors import PolicyError, RunError
 
 ALLOWED = ["*/loss", "score/*"]
 
@@ -133,3 +136,36 @@ def test_a_model_that_was_damaged_on_its_way_is_not_scored(made: Home, world: Wo
     asked.content["parameters"].popitem()
     assert "server" in refused(made, asked)
     assert "hash differs" in refused(made, question(world, plan, base="0" * 64))
+
+
+# ---- sums over nearly the same patients
+
+
+def of(numbers: Iterable[int]) -> frozenset[str]:
+    return frozenset(f"{number:064x}" for number in numbers)
+
+
+def test_patients_who_are_scored_again_are_the_same_or_so_many_others_that_none_stands_alone(made: Home) -> None:
+    scored.check_apart(made, of(range(50)), 20)
+    scored.check_apart(made, of(range(50)), 20)
+    for few in (range(51), range(49), range(1, 51), range(69)):
+        with pytest.raises(PolicyError, match="but for a few"):
+            scored.check_apart(made, of(few), 20)
+    scored.check_apart(made, of(range(70)), 20)
+    with pytest.raises(PolicyError, match="but for a few"):
+        scored.check_apart(made, of(range(55)), 20)  # of the first set
+    assert made.scored_file.stat().st_mode & 0o777 == 0o600
+    made.scored_file.write_text("[")
+    with pytest.raises(RunError, match="restore scored"):
+        scored.check_apart(made, of(range(50)), 20)
+
+
+def test_a_site_whose_held_out_patients_changed_a_little_since_it_scored_them_scores_no_more(
+    made: Home, world: World, plan: str
+) -> None:
+    assert not answer(made, question(world, plan)).has_error()
+    (known,) = json.loads(made.scored_file.read_text())
+    shard = Shard.open(made.settings().shard)
+    assert len(known) == len(set(shard.patient[[*shard.select("val", "paired"), *shard.select("test", "paired")]]))
+    made.scored_file.write_text(json.dumps([["0" * 64, *known[1:]]]))  # one patient was another one then
+    assert "but for a few" in refused(made, question(world, plan))

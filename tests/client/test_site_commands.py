@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from client.home import Home
 from fedmix.commands.site import site_app
 from fedmix.deployment import plan as plans
+from fedmix.deployment.ledger import Ledger, head_file
 from fedmix.errors import ConfigError, LedgerError
 
 
@@ -79,6 +80,27 @@ def test_the_audit_says_what_is_whole_and_what_is_not(made: Home) -> None:
         site("audit", "verify", home=made.folder)
     with pytest.raises(LedgerError, match="line 1"):
         site("ledger", home=made.folder)
+
+
+def test_the_audit_compares_with_a_ledger_that_holds_heads_of_this_one_or_says_that_it_did_not(
+    made: Home, tmp_path: Path
+) -> None:
+    peer = Ledger(tmp_path / "coordinator.jsonl")
+    for odd in (tmp_path / "nowhere.jsonl", made.ledger_file):
+        with pytest.raises(LedgerError, match="nothing was compared"):
+            site("audit", "verify", "--peer", odd, home=made.folder)
+    peer.append("received", peer="west", peer_head=Ledger(made.ledger_file).head())
+    said = site("audit", "verify", "--peer", tmp_path / "coordinator.jsonl", home=made.folder).output
+    assert "every head that the peer wrote down is in it" in " ".join(said.split())
+    made.ledger_file.unlink()
+    head_file(made.ledger_file).unlink()
+    with pytest.raises(LedgerError, match="the ledger is gone"):
+        site("audit", "verify", home=made.folder)
+
+
+def test_help_says_what_an_argument_is() -> None:
+    said = CliRunner().invoke(site_app, ["init", "--help"]).output
+    assert "as the coordinator registers it" in " ".join(said.replace("│", " ").split())
 
 
 def test_the_doctors_exit_code_says_whether_something_is_to_be_mended(made: Home) -> None:

@@ -74,11 +74,11 @@ def dicom_tree(root: Path, canary: Canaries) -> SourceOptions:
 def table_tree(root: Path, canary: Canaries) -> SourceOptions:
     """A table with canaries in its header, its cells and the names of its files, broken in every second row."""
     root.mkdir()
-    lines = [f"image,text,patient_id,study_id,labels,view,split,lang,{canary()}"]
+    lines = [f"image,text,patient_id,study_id,labels,view,split,lang,{canary()},sex,age"]
     for number in range(30):
         name = f"{canary()}.png"
         Image.fromarray((PIXELS >> 4).astype(np.uint8)).save(root / name)
-        cells = [name, f"{canary()} is well.", canary(), canary(), "Edema", canary(), "train", canary(), canary()]
+        cells = [name, f"{canary()} is well.", canary(), canary(), "Edema", canary(), "train", *(canary() for _ in range(4))]
         broken = {1: (0, f"../{canary()}"), 3: (1, f"tel. 555-1234 {canary()}"), 5: (6, canary()), 7: (4, f"Dr. {canary()}")}
         if number % 8 in broken:
             place, cell = broken[number % 8]
@@ -93,12 +93,14 @@ def padchest_tree(root: Path, canary: Canaries) -> SourceOptions:
     """PadChest's table with canaries, and findings that are none."""
     root.mkdir()
     names = "ImageID,ImageDir,StudyID,PatientID,Projection,PhotometricInterpretation_DICOM,Report,Labels"
-    lines = [f",{names},PatientBirth"]
+    lines = [f",{names},PatientBirth,PatientSex_DICOM"]
     for number in range(20):
         Image.fromarray((PIXELS >> 4).astype(np.uint8)).save(root / f"{canary()}.png")
         label = "['normal']" if number % 2 else f"\"['{canary('dr. ')}']\""
         image = f"{canary.names[-1 - (number % 2 == 0)]}.png"
-        lines.append(f"0,{image},0,{canary()},{canary()},PA,MONOCHROME2,{canary('sin hallazgos ')},{label},{canary()}")
+        lines.append(
+            f"0,{image},0,{canary()},{canary()},PA,MONOCHROME2,{canary('sin hallazgos ')},{label},{canary()},{canary()}"
+        )
     (root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv").write_text("\n".join(lines))
     return SourceOptions()
 
@@ -121,12 +123,19 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
     canary, tokenizer = Canaries(), Tokenizer.load()
     caplog.set_level(logging.DEBUG)
     said: list[str] = []
+    searched: set[str] = set()
     for layout, plant in TREES.items():
         root, out = tmp_path / layout, tmp_path / f"{layout}-shard"
         source = open_source(layout, root, plant(root, canary))
         for phi in ("quarantine", "count"):
             options = PrepareOptions(
-                image=ImageOptions(size=16), max_bad_share=1.0, views="all", phi=phi, stream="paired", replace=True
+                image=ImageOptions(size=16),
+                max_bad_share=1.0,
+                views="all",
+                phi=phi,
+                stream="paired",
+                replace=True,
+                keeps_characteristics=True,
             )
             try:
                 summary = prepare(source, out, options=options, tokenizer=tokenizer, key=KEY, workers=2)
@@ -137,6 +146,7 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
             console.print(_summary_table(summary, Path("shard")))
             said += [repr(summary), console.export_text(), repr(Shard.open(out).manifest)]
             assert canary.seen_in(everything_written(out)) == 0
+            searched.add(layout)
         with pytest.raises(DataError) as caught:
             prepare(
                 source,
@@ -150,6 +160,7 @@ def test_a_thousand_canaries_are_nowhere_in_shard_summary_log_or_errors(
     assert len(set(canary.names)) >= 1000
     assert canary.seen_in("".join(said) + caplog.text + output.out + output.err) == 0
     assert len(said) >= 12
+    assert searched == set(TREES)
     assert canary.seen_in(f"the search itself works: {canary.names[0].lower()}") == 1
 
 

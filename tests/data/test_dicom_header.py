@@ -94,21 +94,54 @@ def test_the_view_is_read_in_order_and_never_guessed(tags, view):
 @pytest.mark.parametrize(
     ("age", "band"),
     [
-        ("062Y", "60-69"),
-        ("000Y", "0-9"),
-        ("018M", "0-9"),
-        ("200W", "0-9"),
-        ("089Y", "80-89"),
-        ("090Y", "90+"),
-        ("120Y", "90+"),
-        ("121Y", ""),
-        ("411Y", ""),
-        ("62", ""),
-        ("", ""),
+        ("062Y", "60-79"),
+        ("000Y", "0-17"),
+        ("018M", "0-17"),
+        ("018Y", "18-39"),
+        ("200W", "0-17"),
+        ("089Y", "80+"),
+        ("120Y", "80+"),
+        ("121Y", "unknown"),
+        ("411Y", "unknown"),
+        ("62", "unknown"),  # years or months?
+        (["062Y", "063Y"], "unknown"),
+        ("", "unknown"),
+        (None, "unknown"),
     ],
 )
-def test_ages_are_kept_as_decades(age, band):
+def test_ages_are_kept_as_bands(age, band):
     assert header(PatientAge=age).age_band == band
+
+
+@pytest.mark.parametrize(
+    ("age", "birth", "study", "band"),
+    [
+        (None, "19800502", "20200501", "18-39"),
+        (None, "19800501", "20200501", "40-59"),
+        ("411Y", "19800501", "20200501", "40-59"),
+        ("030Y", "19800501", "20200501", "18-39"),  # what the age itself says comes first
+        (None, "19800501", None, "unknown"),
+        (None, None, "20200501", "unknown"),
+        (None, "20300101", "20200501", "unknown"),
+        (None, "SPRING", "20200501", "unknown"),
+    ],
+)
+def test_where_the_age_is_not_said_it_follows_from_two_dates_that_are_not_kept(age, birth, study, band):
+    read = header(PatientAge=age, PatientBirthDate=birth, StudyDate=study)
+    assert read.age_band == band
+    assert not [date for date in (birth, study) if date and date in str(asdict(read))]
+
+
+@pytest.mark.parametrize(("said", "sex"), [("F", "F"), ("m ", "M"), ("O", "unknown"), ("", "unknown"), (None, "unknown")])
+def test_a_sex_is_one_of_the_list(said, sex):
+    assert header(PatientSex=said).sex == sex
+
+
+@pytest.mark.parametrize(("name", "value"), [("sex", "MUELLER"), ("age_band", "83"), ("age_band", "")])
+def test_a_header_with_a_sex_or_band_of_its_own_is_none(name, value):
+    read = replace(header(), **{name: value})
+    with pytest.raises(ValueError, match="not a header"):
+        dicom.Header.from_bytes(read.to_bytes())
 
 
 def test_a_header_travels_as_json_and_nothing_else_becomes_one():

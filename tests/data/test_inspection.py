@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fedmix.data.characteristics import Characteristics
 from fedmix.data.inspection import check_together, declaration, num_shared, patients_in_two_splits
 from fedmix.data.shard import Shard
 from fedmix.data.shard_writer import ShardWriter
@@ -37,6 +38,17 @@ def test_a_declaration_is_counts(make):
     assert (said.streams, said.splits) == ({"image": 0, "text": 0, "paired": 3}, {"train": 2, "val": 0, "test": 1})
     assert (said.num_patients, said.views, said.positives) == (2, {"unknown": 3}, {"Edema": 1})
     assert (said.image_size, said.languages, said.texts) == (16, {"unknown": 3}, "not searched")
+
+
+def test_a_declaration_says_nothing_of_sex_and_age(tmp_path, tokenizer):
+    said = []
+    for keeps in (False, True):
+        path = tmp_path / f"shard{keeps}"
+        with ShardWriter(path, image_size=16, tokenizer=tokenizer, key=KEY, keeps_characteristics=keeps) as writer:
+            kept = Characteristics("F", "80+") if keeps else Characteristics()
+            writer.add(patient="a", study="1", text="Normal.", split="train", characteristics=kept)
+        said.append(declaration(Shard.open(path)))
+    assert said[0] == said[1]
 
 
 def test_a_declaration_counts_the_texts_of_each_language(tmp_path, tokenizer):

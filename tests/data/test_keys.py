@@ -39,6 +39,17 @@ def test_a_shard_says_in_the_standards_terms_what_was_done(shard):
     assert (said.texts, said.pixels_searched) == ("not searched", False)
 
 
+def test_the_statement_says_whether_patient_characteristics_were_kept():
+    usual, kept = Deidentification(), Deidentification().keeping_characteristics()
+    assert usual.options["Retain Patient Characteristics"] == "not applied: age, sex and size are removed"
+    assert kept.options["Retain Patient Characteristics"] == "applied: sex is kept, age as one of five bands; size is removed"
+    assert {name: kept.actions[name] for name in kept.actions.keys() - usual.actions.keys()} == {
+        "PatientSex": "K",
+        "PatientAge": "C",
+    }
+    assert kept.options.keys() == usual.options.keys()
+
+
 def test_a_shard_of_before_the_statement_still_opens(shard):
     def older(content):
         content["deidentification"] = "Identifiers are hashes."

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fedmix.data
+from fedmix.data.characteristics import AGE_BANDS
 from fedmix.data.images import ImageOptions
 from fedmix.data.keys import site_key
 from fedmix.data.layouts.paths import open_inside, real_root
@@ -177,6 +178,28 @@ def test_a_text_is_in_the_language_of_its_cell_or_else_in_that_of_the_site(site)
     assert (site.shard("a").lang, site.shard("b").lang) == (["es", "fr", "pt-BR", "fr"], ["es", "", "pt-BR", ""])
     with pytest.raises(DataError, match="BCP 47"):
         site.prepare("c", lang="French")
+
+
+def test_sex_and_age_of_a_table_are_kept_as_bands_where_they_are_asked_for(site):
+    told = [("F", "39"), ("male", "40.0"), ("M", "411"), ("", "018M"), ("X", "eighty"), ("f", "97")]
+    site.table([{**row, "sex": sex, "age": age} for row, (sex, age) in zip(site.paired(6), told, strict=True)])
+    site.prepare("kept", keeps_characteristics=True)
+    site.prepare("texts", keeps_characteristics=True, stream="text")
+    for out in ("kept", "texts"):
+        shard = site.shard(out)
+        assert shard.sex == ["F", "M", "M", "unknown", "unknown", "F"]
+        assert shard.age_band == ["18-39", "40-59", "unknown", "0-17", "unknown", "80+"]
+    site.prepare("usual")
+    assert set(site.shard("usual").sex + site.shard("usual").age_band) == {"unknown"}
+
+
+def test_columns_of_sex_and_age_change_no_byte_where_they_are_not_asked_for(site):
+    rows = site.paired(6)
+    site.table(rows)
+    site.prepare("without")
+    site.table([{**row, "sex": "F", "age": "83"} for row in rows])
+    site.prepare("with")
+    assert site.shard("with").fingerprint == site.shard("without").fingerprint
 
 
 # What goes wrong is counted and does not stop the run
@@ -653,6 +676,21 @@ def test_the_real_corpus_is_prepared_whole(corpus, tmp_path, tokenizer, name, st
     summary = prepare_table(corpus, tmp_path / "shard", tokenizer=tokenizer, **options)
     assert (summary.rows, summary.written[stream], summary.studies) == (rows, rows, rows)
     assert (summary.splits, summary.num_patients, summary.quarantined) == (splits, patients, {})
+
+
+@pytest.mark.data
+def test_sex_and_age_band_of_the_real_corpus_are_those_of_its_table(corpus, tmp_path, tokenizer):
+    options = {"csv": Path("images-only.csv"), "stream": "image", "image": ImageOptions(size=16), "keeps_characteristics": True}
+    prepare_table(corpus, tmp_path / "shard", tokenizer=tokenizer, **options)
+    shard = Shard.open(tmp_path / "shard")
+    with open(corpus / "images-only.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert shard.sex == [row["sex"] for row in rows]
+    assert {name: shard.sex.count(name) for name in ("F", "M")} == {"F": 398, "M": 451}
+    bands = {
+        name: [int(row["age"]) for row, band in zip(rows, shard.age_band, strict=True) if band == name] for name in AGE_BANDS
+    }
+    assert [(min(ages), max(ages)) for ages in bands.values() if ages] == [(4, 17), (18, 39), (40, 59), (60, 79), (80, 85)]
 
 
 @pytest.mark.data

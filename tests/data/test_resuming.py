@@ -18,6 +18,7 @@ from PIL import Image
 from radiographs import file_of, marked
 
 from fedmix.data import shard_writer
+from fedmix.data.characteristics import AGE_BANDS
 from fedmix.data.images import ImageOptions
 from fedmix.data.journal import Journal
 from fedmix.data.layouts.records import SourceOptions
@@ -29,7 +30,7 @@ from fedmix.errors import DataError
 
 KEY = bytes(range(32))
 NUM_ROWS = 30
-COLUMNS = ("image", "text", "patient_id", "study_id", "labels", "split", "lang")
+COLUMNS = ("image", "text", "patient_id", "study_id", "labels", "split", "lang", "sex", "age")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +56,8 @@ class Site:
         """What was told of the progress, and the summary."""
         heard = []
         source = open_source(self.layout, self.root, SourceOptions(reports=self.reports))
-        given = PrepareOptions(**{"image": ImageOptions(size=24), "max_bad_share": 1.0, **options})
+        usual = {"image": ImageOptions(size=24), "max_bad_share": 1.0, "keeps_characteristics": True}
+        given = PrepareOptions(**{**usual, **options})
         summary = prepare(
             source,
             out,
@@ -90,6 +92,7 @@ def site(tmp_path_factory, tokenizer):
         split = "test" if number % 7 == 3 else "train"
         rows.append([f"{number}.png", text, f"p{number // 2}", str(number), "Edema" * (number % 2), split, "en" * (number % 3)])
         rows[-1][6] = rows[-1][6][:2]
+        rows[-1] += ["FM"[number % 2], 3 * number]
     rows[4][0], rows[11][0], rows[12][2] = "none.png", "../out.png", ""
     rows[20][1] = "Seen on 2024-03-05."
     write_rows(root, rows)
@@ -112,6 +115,8 @@ def whole(site, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "shard"
     _, summary = site.prepare(out)
     assert len(summary.quarantined) > 3
+    shard = Shard.open(out)
+    assert (set(shard.sex), set(shard.age_band)) == ({"F", "M"}, {"0-17", "18-39", "40-59", "60-79", "80+"})
     return folder_bytes(out)
 
 
@@ -195,7 +200,16 @@ def interrupted(site, tmp_path):
     return place
 
 
-@pytest.mark.parametrize("change", [{"max_words": 9}, {"image": ImageOptions(size=32)}, {"phi": "count"}, {"key": bytes(32)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_words": 9},
+        {"image": ImageOptions(size=32)},
+        {"phi": "count"},
+        {"keeps_characteristics": False},
+        {"key": bytes(32)},
+    ],
+)
 def test_other_options_or_another_key_are_refused_until_it_starts_over(site, interrupted, change):
     with pytest.raises(DataError, match=r"other options, another key or another tokenizer; .*--fresh"):
         site.prepare(interrupted, **change)
@@ -263,6 +277,9 @@ def test_nothing_that_is_kept_for_going_on_names_a_patient(site, interrupted):
     assert len(journal.splitlines()) > 10
     assert not [row for row in read_rows(site.root) if row[0] in journal or (row[2] and f'"{row[2]}"' in journal)]
     assert "Study" not in journal
+    said = [tuple(line[-2:]) for line in map(json.loads, journal.splitlines()) if line[0] == "study"]
+    assert {sex for sex, _ in said} == {"F", "M"}
+    assert {band for _, band in said} <= set(AGE_BANDS)  # a band, and no age
 
 
 def test_an_older_shard_is_there_before_and_after_a_kill_in_the_midst_of_replacing_it(site, tmp_path, tokenizer):
@@ -284,7 +301,7 @@ def test_an_older_shard_is_there_before_and_after_a_kill_in_the_midst_of_replaci
 @pytest.mark.e2e
 def test_the_command_killed_while_it_works_goes_on_when_it_is_given_again(tmp_path):
     (tmp_path / "data").mkdir()
-    rows = [["", f"Study {number}. Normal.", f"p{number}", str(number), "", "train", ""] for number in range(6000)]
+    rows = [["", f"Study {number}. Normal.", f"p{number}", str(number), "", "train", "", "", ""] for number in range(6000)]
     write_rows(tmp_path / "data", rows)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedmix.data.array_file import ArrayFile
+from fedmix.data.characteristics import AGE_BANDS, SEXES, Characteristics
 from fedmix.data.shard import MEMBERS, SPLITS, Shard, seal_of, token_type
 from fedmix.data.shard_writer import ShardWriter, write_arrays
 from fedmix.data.tokenizer import Tokenizer
@@ -190,6 +191,43 @@ def test_a_shard_of_before_the_column_of_languages_still_opens(path):
     shard = Shard.open(path)
     assert shard.lang == [""] * 10
     assert shard.words(1) is not None
+    assert (shard.sex, shard.age_band) == (["unknown"] * 10, ["unknown"] * 10)
+
+
+def test_sex_and_age_band_are_kept_where_the_site_asks_for_it(tmp_path, tokenizer):
+    said = [Characteristics(SEXES[number % 3], AGE_BANDS[number % 6]) for number in range(10)]
+    settings = {"image_size": SIZE, "tokenizer": tokenizer, "key": KEY, "label_names": LABELS}
+    with ShardWriter(tmp_path / "shard", keeps_characteristics=True, **settings) as writer:
+        for number in range(10):
+            writer.add(**study(number), characteristics=said[number])
+    shard = Shard.open(tmp_path / "shard")
+    assert [Characteristics(*row) for row in zip(shard.sex, shard.age_band, strict=True)] == said
+    assert (shard.view[0], shard.labels.shape) == ("PA", (10, 2))
+
+
+def test_a_shard_that_was_not_asked_to_keep_them_has_the_columns_it_always_had(pristine):
+    table = pq.read_table(pristine / "studies.parquet")
+    columns = ["patient", "study", "split", "view", "lang", "has_image", "has_text", "image_row", "labels"]
+    assert table.column_names == columns
+    assert b"age_band" not in (pristine / "studies.parquet").read_bytes()
+    shard = Shard.open(pristine)
+    assert (shard.sex, shard.age_band) == (["unknown"] * 10, ["unknown"] * 10)
+
+
+def test_a_writer_that_was_not_asked_to_keep_them_refuses_them(tmp_path, tokenizer):
+    writer = ShardWriter(tmp_path / "shard", image_size=SIZE, tokenizer=tokenizer, key=KEY)
+    with pytest.raises(DataError, match="not to keep them"), writer:
+        writer.add(patient="a", study="b", text=SENTENCES[0], characteristics=Characteristics(sex="F"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", [Characteristics(sex="Female"), Characteristics(age_band="83")])
+def test_a_writer_takes_no_exact_age_and_no_other_sex(tmp_path, tokenizer, said):
+    settings = {"image_size": SIZE, "tokenizer": tokenizer, "key": KEY, "keeps_characteristics": True}
+    writer = ShardWriter(tmp_path / "shard", **settings)
+    with pytest.raises(DataError, match="an age band one of 0-17") as caught, writer:
+        writer.add(patient="a", study="b", text=SENTENCES[0], characteristics=said)
+    assert "83" not in str(caught.value)
 
 
 # Damage
@@ -313,6 +351,9 @@ def test_tables_that_contradict_the_rest_are_refused_by_name(path):
         "has_image": table.set_column(4, "has_image", pa.array([True] * 10)),
         "labels": table.set_column(7, table.schema.field("labels"), labels),
         "split": table.set_column(2, "split", pa.array(["holdout"] * 10)),
+        "sex alone": table.append_column("sex", pa.array(["F"] * 10)),
+        "another sex": table.append_column("sex", pa.array(["?"] * 10)).append_column("age_band", pa.array(["80+"] * 10)),
+        "exact ages": table.append_column("sex", pa.array(["F"] * 10)).append_column("age_band", pa.array(["83"] * 10)),
     }
     for name, changed in wrong.items():
         pq.write_table(changed, path / "studies.parquet")

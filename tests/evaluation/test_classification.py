@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from evaluation_toys import LABEL_NAMES, PROMPTS, SAYINGS, ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
 
 from fedmix.data.layouts import mimic, nih14
 from fedmix.evaluation import classification
@@ -182,3 +188,48 @@ def test_labels_of_the_public_data_sets_are_asked_for_in_words_that_a_report_has
     assert all(sentence == sentence.lower() and sentence.endswith(" .") and "_" not in sentence for sentence in sentences)
     assert not any("no finding" in sentence for sentence in sentences)
     assert len({sides for label, sides in prompts.items() if label != "Effusion"}) == len(prompts) - 1
+
+
+class Tabled(OracleEncoder):
+    """A text's embedding is the sum of a fixed random row for each of its words."""
+
+    def encode_text(self, words_BL: Tensor) -> Tensor:
+        table = torch.randn(ToyVocabulary.vocab_size, 8, generator=torch.Generator().manual_seed(0))
+        return nn.functional.normalize((table[words_BL] * (words_BL > 0)[:, :, None]).sum(dim=1), dim=-1)
+
+
+def loop_score(image: np.ndarray, pair: tuple[tuple[str, ...], tuple[str, ...]]) -> float:
+    """Cosine of an image to the mean of the positive prompts less that to the mean of the negative ones."""
+    cosines = []
+    for side in pair:
+        read = [Tabled().encode_text(torch.tensor(ToyVocabulary().encode([text], 64)))[0].tolist() for text in side]
+        mean = [sum(column) / len(read) for column in zip(*read, strict=True)]
+        length = math.sqrt(sum(value**2 for value in mean))
+        cosines.append(sum(a * b / length for a, b in zip(image.tolist(), mean, strict=True)))
+    return cosines[0] - cosines[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(8, 30))
+def test_zero_shot_is_a_loop_over_prompts_and_scikit_learns_auroc_over_the_known(seed, num_labels, num):
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(num, 8)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    prompts = {
+        name: tuple(tuple(rng.choice(SAYINGS, rng.integers(1, 4), replace=False).tolist()) for _ in range(2))
+        for name in LABEL_NAMES[:num_labels]
+    }
+    labels = rng.integers(-1, 2, (num, num_labels)).astype(np.int8)
+    scores = zero_shot_scores(Tabled(), embeddings, prompts, ToyVocabulary())
+    for k, pair in enumerate(prompts.values()):
+        np.testing.assert_allclose(scores[:, k], [loop_score(image, pair) for image in embeddings], atol=1e-6)
+    report = classification.score_report(labels, scores, np.arange(num), label_names=tuple(prompts), num_bootstrap=0)
+    scored = []
+    for k, name in enumerate(prompts):
+        known = [row for row in range(num) if labels[row, k] >= 0]
+        if {0, 1} <= {int(labels[row, k]) for row in known}:
+            scored.append(roc_auc_score(labels[known, k], scores[known, k]))
+            assert report["per_label"][name] == pytest.approx(scored[-1])
+        else:
+            assert report["per_label"][name] is None
+    assert report["macro_auroc"] == (pytest.approx(np.mean(scored)) if scored else None)

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from evaluation_toys import OracleEncoder, ToyVocabulary, codes, draw, held_out, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor
 
 from fedmix.evaluation import language
 from fedmix.evaluation.features import EvaluationContext, EvaluationSettings, NotEvaluableError
-from fedmix.evaluation.language import bits_per_token, evaluate_language, hidden_words, score_words, unigram_scores
+from fedmix.evaluation.language import (
+    bits_per_token,
+    evaluate_language,
+    hidden_words,
+    score_words,
+    unigram_scores,
+    word_report,
+)
 
 UNIFORM_BITS = np.log2(ToyVocabulary.vocab_size)
 
@@ -139,3 +152,44 @@ def test_reports_without_a_word_to_hide_cannot_be_scored():
 
 def test_the_learning_curve_number_is_the_reports():
     assert bits_per_token(context(ByPosition())) == evaluate_language(context(ByPosition())).values["bits_per_token"]
+
+
+def some_texts(seed: int, num: int) -> list[np.ndarray]:
+    """Texts of up to twelve words, some special; the first has a word that can be hidden."""
+    rng = np.random.default_rng(seed)
+    rest = [rng.integers(2, ToyVocabulary.vocab_size, rng.integers(1, 13)) for _ in range(num)]
+    return [np.array([2, 4, 5]), *rest]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 8), st.floats(0.05, 0.95), st.integers(1, 9))
+def test_bits_per_token_are_scikit_learns_log_loss_over_all_hidden_words(seed, num, mask_ratio, batch_size):
+    words = some_texts(seed, num)
+    hidden = hidden_words(words, ToyVocabulary.special_ids, mask_ratio=mask_ratio, seed=seed)
+    scores = score_words(ByPosition(), words, hidden, vocabulary=ToyVocabulary(), batch_size=batch_size)
+    said, truth = [], []
+    for ids, is_hidden in zip(words, hidden, strict=True):
+        shown = torch.from_numpy(np.where(is_hidden, ToyVocabulary.mask_id, ids))[None]
+        said.append(ByPosition().word_logits(shown)[0].double().softmax(dim=-1).numpy()[is_hidden])
+        truth.append(ids[is_hidden])
+    said_NV, truth_N = np.concatenate(said), np.concatenate(truth)
+    report = word_report(scores, np.zeros((0, len(words))))
+    expected = log_loss(truth_N, said_NV, labels=np.arange(ToyVocabulary.vocab_size)) / np.log(2)
+    assert report["bits_per_token"] == pytest.approx(expected, rel=1e-5)
+    assert report["top1"] == pytest.approx(accuracy_score(truth_N, said_NV.argmax(axis=1)))
+    assert report["num_tokens"] == len(truth_N)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 8), st.integers(0, 6))
+def test_the_unigram_is_a_loop_over_counted_words(seed, num, num_known):
+    words, known = some_texts(seed, num), some_texts(seed + 1, num_known)
+    hidden = hidden_words(words, ToyVocabulary.special_ids, mask_ratio=0.4, seed=seed)
+    scores = unigram_scores(words, hidden, known, vocabulary=ToyVocabulary())
+    counts = Counter(dict.fromkeys(range(4, ToyVocabulary.vocab_size), 1))
+    counts.update(int(number) for ids in known for number in ids if number >= 4)
+    commonest = min(number for number, count in counts.items() if count == max(counts.values()))
+    for i, (ids, is_hidden) in enumerate(zip(words, hidden, strict=True)):
+        truth = [int(number) for number in ids[is_hidden]]
+        assert scores.bits[i] == pytest.approx(sum(math.log2(counts.total() / counts[number]) for number in truth))
+        assert (scores.num_right[i], scores.num_hidden[i]) == (truth.count(commonest), len(truth))

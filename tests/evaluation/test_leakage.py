@@ -15,6 +15,7 @@ from memorised import Same, TinyVocabulary
 from fedmix import config
 from fedmix.batch import Batch
 from fedmix.errors import ConfigError, DataError
+from fedmix.evaluation.attack import choosing_half
 from fedmix.evaluation.leakage import audit, relinkage_report, update_report
 from fedmix.evaluation.membership import AuditSettings, membership_scores, patient_scores
 from fedmix.evaluation.subjects import Subjects
@@ -158,6 +159,20 @@ def test_a_patients_score_is_the_sum_of_standard_scores_over_the_root_of_their_n
             standard += [(one - others.mean()) / others.std() for one in own if np.isfinite(one)]
         assert found[patient] == pytest.approx(sum(standard) / len(standard) ** 0.5)
         assert is_member[patient] == (patient < 10)
+
+
+def test_patients_that_are_counted_have_no_say_in_what_is_standard() -> None:
+    chance = np.random.default_rng(0)
+    subjects = toys(patient=np.repeat(np.arange(40), 2), is_member=np.arange(80) < 40)
+    scores = {"text": chance.normal(3, 2, 80), "image": chance.normal(size=80)}
+    half = choosing_half(np.arange(40) < 20, 0)
+    assert (half[:20].sum(), half[20:].sum()) == (10, 10)
+    counted = np.repeat(~half, 2) & ~subjects.is_member
+    moved = {name: np.where(counted, 50 + 9 * values, values) for name, values in scores.items()}
+    (before, _), (after, _) = (patient_scores(one, subjects, half) for one in (scores, moved))
+    uncounted = np.unique(subjects.patient[~counted])
+    np.testing.assert_array_equal(before[uncounted], after[uncounted])
+    assert (patient_scores(moved, subjects)[0] != patient_scores(scores, subjects)[0])[uncounted].all()
 
 
 # ---- re-linkage

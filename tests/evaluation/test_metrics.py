@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.metrics import mean_squared_error, roc_auc_score
 
 from fedmix.evaluation import metrics
 
@@ -148,3 +149,48 @@ def test_ssim_of_a_picture_with_itself_is_one_also_when_it_is_small(side):
     picture = np.random.default_rng(0).random((side, side)).astype(np.float32)
     assert metrics.ssim(picture, picture) == pytest.approx(1.0)
     assert metrics.ssim(picture, 1 - picture) < 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.floats(1e-3, 1.0))
+def test_psnr_is_that_of_scikit_learns_squared_error_and_scikit_images_in_any_shape(seed, num, noise):
+    rng = np.random.default_rng(seed)
+    truth = rng.random((num, 3))
+    drawn = np.clip(truth + noise * rng.normal(size=truth.shape), 0, 1)
+    assert metrics.psnr(truth, drawn) == pytest.approx(-10 * np.log10(mean_squared_error(truth, drawn)))
+    assert metrics.psnr(truth.ravel(), drawn.ravel()) == pytest.approx(peak_signal_noise_ratio(truth, drawn, data_range=1.0))
+
+
+def ssim_by_loop(truth: np.ndarray, drawn: np.ndarray, side: int) -> float:
+    """The mean over whole windows (Wang et al. 2004, equation 13), each with the covariance of a sample."""
+    found = []
+    for row in range(truth.shape[0] - side + 1):
+        for column in range(truth.shape[1] - side + 1):
+            one, other = (picture[row : row + side, column : column + side].ravel() for picture in (truth, drawn))
+            (one_var, both), (_, other_var) = np.cov(one, other)
+            light = (2 * one.mean() * other.mean() + 0.01**2) / (one.mean() ** 2 + other.mean() ** 2 + 0.01**2)
+            found.append(light * (2 * both + 0.03**2) / (one_var + other_var + 0.03**2))
+    return float(np.mean(found))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(3, 14), st.floats(0.0, 1.0))
+def test_ssim_is_a_loops_over_windows_and_scikit_images(seed, side, noise):
+    rng = np.random.default_rng(seed)
+    truth = rng.random((side, side))
+    drawn = np.clip(truth + noise * rng.normal(size=truth.shape), 0, 1)
+    window = min(7, side - (side + 1) % 2)
+    assert metrics.ssim(truth, drawn) == pytest.approx(ssim_by_loop(truth, drawn, window), abs=1e-9)
+    assert metrics.ssim(truth, drawn) == pytest.approx(structural_similarity(truth, drawn, win_size=window, data_range=1.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 12))
+def test_a_resampled_mean_and_ratio_are_numpys_of_the_rows_repeated_as_often_as_they_were_drawn(seed, num):
+    rng = np.random.default_rng(seed)
+    totals, counts = rng.normal(size=num), rng.integers(1, 9, num).astype(float)
+    weights = metrics.patient_weights(rng.integers(0, num, num), 5, rng)
+    means, ratios = metrics.resampled_mean(totals, weights), metrics.resampled_ratio(totals, counts, weights)
+    for weight, mean, ratio in zip(weights, means, ratios, strict=True):
+        rows = np.repeat(np.arange(num), weight.astype(int))
+        assert (mean, ratio) == pytest.approx((totals[rows].mean(), totals[rows].sum() / counts[rows].sum()))

@@ -152,6 +152,18 @@ def test_groups_are_those_the_held_out_set_knows_and_none_is_a_reason() -> None:
         context(groups={"view": view[:3]})
 
 
+def test_sex_and_age_band_are_scored_as_views_are_and_one_that_no_study_says_has_a_reason() -> None:
+    sex, band = np.array(["F", "M"] * 120), np.where(np.arange(240) < 200, "40-59", "80+")
+    parts = {"sex": sex, "age_band": band, "site": np.full(240, "unknown")}
+    found = evaluate_subgroups(context(groups=parts))
+    assert {kind: set(groups) for kind, groups in found.values.items()} == {"sex": {"F", "M"}, "age_band": {"40-59", "80+"}}
+    same = evaluate_subgroups(context(groups={"view": np.where(sex == "F", "AP", "PA")})).values["view"]
+    assert found.values["sex"] == {"F": same["AP"], "M": same["PA"]}
+    low, high = found.values["sex"]["F"]["difference_ci95"]
+    assert low <= found.values["sex"]["F"]["difference"] <= high
+    assert found.skipped == {"site": "the held-out set says the site of no test study"}
+
+
 # ---- calibration
 
 

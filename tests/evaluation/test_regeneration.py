@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_toys import ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw, held_out
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -214,3 +216,27 @@ def test_masks_of_any_number_of_patches_are_drawn_together_as_alone():
         alone = regenerate(Marked(), masked.take(np.array([row])), words[row : row + 1])
         np.testing.assert_array_equal(together[row], alone[0])
     np.testing.assert_array_equal(together[0], masked.truth[0])
+
+
+class Halfway(OracleEncoder):
+    """Every pixel half way to white, and beyond what a pixel can be."""
+
+    def regenerate(self, image_BSS: Tensor, hidden_BP: Tensor, words_BL: Tensor | None = None) -> Tensor:
+        return self.scale * (0.5 * image_BSS + 0.7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.floats(0.05, 0.95))
+def test_the_scores_of_random_images_are_a_loops_over_their_hidden_pixels(seed, num, mask_ratio):
+    images = np.random.default_rng(seed).integers(0, 256, (num, 24, 24)).astype(np.uint8)
+    masked = MaskedImages(images, hidden_patches(num, 9, mask_ratio=mask_ratio, seed=seed), 8)
+    scores = quality(masked.truth, regenerate(Halfway(), masked, batch_size=2), masked.hidden)
+    for i in range(num):
+        errors, picture = [], images[i] / 255
+        for row in range(24):
+            for column in range(24):
+                if masked.hidden_NP[i, 3 * (row // 8) + column // 8]:
+                    picture[row, column] = min(1.0, 0.5 * images[i, row, column] / 255 + 0.7)
+                    errors.append((picture[row, column] - images[i, row, column] / 255) ** 2)
+        assert scores.psnr_db[i] == pytest.approx(-10 * np.log10(sum(errors) / len(errors)), rel=1e-5)
+        assert scores.ssim[i] == pytest.approx(structural_similarity(images[i] / 255, picture, data_range=1.0), abs=1e-5)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import tracemalloc
 from itertools import permutations
 
 import numpy as np
 import pytest
+import ranked
 from evaluation_toys import ConstantEncoder, OracleEncoder, ToyVocabulary, codes, draw, held_out, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.metrics import top_k_accuracy_score
 
 from fedmix.evaluation.features import EvaluationContext, EvaluationSettings
 from fedmix.evaluation.retrieval import (
@@ -18,6 +23,7 @@ from fedmix.evaluation.retrieval import (
     label_sets,
     mean_recall_at_10,
     retrieve,
+    score_blocks,
     split_galleries,
 )
 
@@ -195,3 +201,83 @@ def test_without_duplicates_both_recalls_are_the_same_and_without_words_only_one
     report = retrieve([aware])["text_to_image"]
     assert report["duplicate_aware"] == pytest.approx({name: report[name] for name in ("r@1", "r@5", "r@10")})
     assert "duplicate_aware" not in retrieve([gallery(image, text)])["text_to_image"]
+
+
+def coarse_gallery(num: int, seed: int) -> Gallery:
+    """Embeddings of a few corners of a cube, so that most scores are tied (and all exact), texts and labels that recur."""
+    rng = np.random.default_rng(seed)
+    image, text = rng.choice([-0.5, 0.5], size=(2, num, 4))
+    return Gallery(image, text, np.arange(num) // 2, rng.integers(UNKNOWN_SET, 3, num), rng.integers(0, max(1, num // 2), num))
+
+
+def by_loop(one: Gallery, queries: NDArray, candidates: NDArray) -> dict[str, float | None]:
+    """The figures of a direction, each a mean over queries."""
+    scores = [[float(sum(q * c)) for c in candidates] for q in queries]
+    known = [i for i in range(len(scores)) if one.label_set[i] != UNKNOWN_SET]
+    figures: dict[str, float | None] = {}
+    for depth in (1, 5, 10):
+        figures[f"r@{depth}"] = float(np.mean([ranked.hit(row, {i}, depth) for i, row in enumerate(scores)]))
+        aware = [ranked.hit(row, ranked.alike(one.text_set, i), depth) for i, row in enumerate(scores)]
+        figures[f"duplicate_aware r@{depth}"] = float(np.mean(aware))
+    for name, rows in (("label_precision@10", scores), ("chance", [[0.0] * len(scores)] * len(scores))):
+        found = [ranked.share(rows[i], ranked.alike(one.label_set, i), 10) for i in known]
+        figures[name] = float(np.mean(found)) if known else None
+    return figures
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 24), st.sampled_from([1, 2, 3, 7, 24, 512]))
+def test_every_figure_is_a_plain_loops_in_blocks_of_any_size(seed, num, num_at_once):
+    one = coarse_gallery(num, seed)
+    report = retrieve([one], num_bootstrap=0, num_at_once=num_at_once)
+    for name, sides in (("image_to_text", (one.image, one.text)), ("text_to_image", (one.text, one.image))):
+        found = report[name]
+        figures = {depth: found[depth] for depth in ("r@1", "r@5", "r@10")}
+        figures |= {f"duplicate_aware {depth}": value for depth, value in found["duplicate_aware"].items()}
+        figures |= {"label_precision@10": found["label_precision@10"], "chance": found["chance"]["label_precision@10"]}
+        assert figures == pytest.approx(by_loop(one, *sides))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 60), st.integers(1, 60), st.booleans())
+def test_the_size_of_a_block_moves_no_bit(seed, num, num_at_once, is_coarse):
+    image, text = noisy_pairs(num, seed)
+    fine = Gallery(image, text, np.arange(num), np.arange(num) % 3, np.arange(num) // 2)
+    galleries = [coarse_gallery(num, seed) if is_coarse else fine] * 2
+    whole, parts = (retrieve(galleries, num_bootstrap=20, num_at_once=each) for each in (num, num_at_once))
+    assert parts == whole
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(12, 60))
+def test_without_ties_recall_is_scikit_learns_both_ways(seed, num):
+    image, text = noisy_pairs(num, seed)
+    report = retrieve([gallery(image, text)], num_bootstrap=0)
+    for name, scores in (("image_to_text", image @ text.T), ("text_to_image", text @ image.T)):
+        for depth in (1, 5, 10):
+            expected = top_k_accuracy_score(np.arange(num), scores, k=depth)
+            assert report[name][f"r@{depth}"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("num", "most"), [(7, 3), (8, 4), (5, 9), (1, 1)])
+def test_blocks_hold_every_query_once_and_no_more_than_asked_for(num, most):
+    image, text = noisy_pairs(num)
+    blocks = list(score_blocks(image, text, most))
+    assert max(len(rows) for rows, _ in blocks) <= most
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in blocks]), np.arange(num))
+    np.testing.assert_allclose(np.concatenate([scores for _, scores in blocks]), image @ text.T)
+
+
+def test_memory_grows_with_the_gallery_and_not_with_its_square():
+    def peak(num: int) -> int:
+        image, text = noisy_pairs(num)
+        whole = Gallery(image, text, np.arange(num), np.arange(num) % 4, np.arange(num) // 2)
+        tracemalloc.start()
+        retrieve([whole], num_bootstrap=0, num_at_once=40)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    small, large = peak(400), peak(1200)
+    assert large < 4 * small  # three times; it would be nine
+    assert large < 12 * 40 * 1200 * 8  # as many copies of a block at once; one whole matrix is two and a half times as much

@@ -95,6 +95,21 @@ def test_rates_are_those_of_a_loop(seed: int, num: int) -> None:
         assert rate == pytest.approx(np.mean([marked[row, k] > threshold for row in rows]))
 
 
+def test_the_interval_of_the_worst_holds_its_rate_although_it_was_chosen_for_being_the_highest() -> None:
+    names = [f"finding {k}" for k in range(8)]
+    rng = np.random.default_rng(0)
+    held, held_alone = 0, 0
+    for _ in range(500):
+        counts = rng.binomial(60, 0.2, 8)
+        found = triggers.worst_of(dict(zip(names, counts / 60, strict=True)), dict.fromkeys(names, 60))
+        alone = triggers.worst_of({"one": counts.max() / 60}, {"one": 60})
+        assert found["worst"] == alone["worst"] == counts.max() / 60
+        held += found["worst_ci95"][0] <= 0.2 <= found["worst_ci95"][1]
+        held_alone += alone["worst_ci95"][0] <= 0.2 <= alone["worst_ci95"][1]
+    assert held >= 475
+    assert held_alone < 450  # as if it had been chosen before
+
+
 @pytest.mark.parametrize("name", triggers.TRIGGERS)
 @pytest.mark.parametrize("size", [24, 48, 224])
 def test_marks_leave_the_originals_alone_and_are_small(name: str, size: int) -> None:

@@ -283,7 +283,7 @@ def test_soft_targets_come_from_whole_reports_as_the_round_start_model_reads_the
     found = learner.terms(batch, tiny.generator())["contrast"].total
 
     net, chance = learner.model, tiny.generator()
-    words = batch.text[batch.paired_text_rows()]
+    words = batch.text[batch.is_paired[batch.has_text]]
     seen = net.encode(image_BSS=batch.image, visible_BK=hide_patches(4, 16, 0.40, chance).visible_BK)
     read = net.encode(words_BL=hide_words(words, 0.15, tiny.IDS, chance).words_BL)
     totals = [

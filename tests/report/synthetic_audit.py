@@ -23,6 +23,9 @@ def found(**changes: Any) -> dict[str, Any]:
     side = {"studies": 1480, "patients": 1200, "images": 1480, "reports": 1480, "pairs": 1480}
     values: dict[str, Any] = {
         "schema": 1,
+        "audited": {
+            "run": "demo", "run_id": "demo-0123", "weights_sha256": "ab" * 32, "when": "2026-11-23T13:05:39+00:00",
+        },
         "has_reference": True,
         "subjects": {"members": side, "non_members": side, "are_alike": True, "num_shared_patients_left_out": 0},
         "membership": {

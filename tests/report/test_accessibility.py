@@ -23,12 +23,12 @@ from fedmix.data.shard import Shard
 from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
 from fedmix.report import html
+from fedmix.report.comparison import side_by_side
 from fedmix.report.files import read_json, write_json
 from fedmix.report.leakage import write_leakage
 from fedmix.report.live import LivePage
 from fedmix.report.preview import write_preview
 from fedmix.report.study import read_study
-from fedmix.report.summary import read_report
 
 TEMPLATES = Path(html.__file__).parent / "templates"
 STYLE = (TEMPLATES / "style.css").read_text()
@@ -102,7 +102,7 @@ def live_page(folder: Path) -> str:
 
 
 def comparison_page(folder: Path) -> str:
-    return html.write_comparison(folder / "compare.html", [read_report(folder)] * 2).read_text()
+    return html.write_comparison(folder / "compare.html", side_by_side([folder, folder])).read_text()
 
 
 def further_page(folder: Path) -> str:
@@ -187,6 +187,7 @@ def test_every_header_of_a_table_says_what_it_heads(tree: Tree) -> None:
     assert all(one.attributes.get("scope") in ("col", "row") for one in tree.of("th"))
     for table in tree.of("table"):
         rows = [one for one in tree.of("tr") if table in one.ancestors()]
+        assert rows
         assert all(any(cell.tag == "th" for cell in row.children) for row in rows)
 
 
@@ -244,6 +245,18 @@ def contrast(one: str, other: str) -> float:
 def used(*properties: str) -> set[str]:
     """The named colours that the style sheet gives to any of these properties."""
     return set(re.findall(rf"(?<![-\w])(?:{'|'.join(properties)}): var\(--([a-z-]+)\)", STYLE))
+
+
+def test_a_table_that_goes_on_is_shaded_at_its_edge_and_a_long_name_wraps_on_a_phone() -> None:
+    scroll = STYLE.split(".scroll {")[1].split("}")[0]
+    assert scroll.count("no-repeat local") == scroll.count("no-repeat scroll") == 2
+    assert STYLE.count("--shade: ") == 2, "in light and in dark"
+    phone, printed = STYLE.split("@media (max-width: 560px)")[1].split("@media print")
+    first = re.search(r"th:first-child, .results th:first-child \{(.*?)\}", phone)
+    assert first
+    assert {"white-space: normal", "overflow-wrap: anywhere", "max-width: 40vw"} <= set(map(str.strip, first[1].split(";")))
+    assert "overflow: visible" in printed
+    assert "white-space: normal" in printed
 
 
 def test_contrast_is_that_of_the_standard() -> None:

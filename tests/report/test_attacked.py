@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import yaml
 from rich.console import Console
 from synthetic_study import write_study
 
+from fedmix import config
 from fedmix.report import html
+from fedmix.report.attacked import lies
 from fedmix.report.comparison import Comparison, compared
 from fedmix.report.study import PLANTED, Study, read_study
 from fedmix.report.study_terminal import study_tables
@@ -51,7 +54,7 @@ def study(tmp_path: Path) -> Study:
 
 def screen(one: Comparison, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    for part in study_tables(one, width):
+    for part in study_tables(one):
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -73,6 +76,35 @@ def test_every_attack_stands_beside_honest_sites_and_what_it_broke_is_marked(stu
     broken = {row.name: [cell.is_best for cell in row.cells if cell] for row in quality.rows}
     assert broken == {"fedmix": [False, False, True], "median": [False, False, False]}
     assert [cell.text for cell in mark.rows[0].cells if cell] == ["10.0 %", "50.0 %"]
+
+
+def test_what_every_lying_site_does_is_said_in_words_under_one_name(study: Study, tmp_path: Path) -> None:
+    one = compared(study)
+    marked = (
+        "bad match: west marks 20 % of its studies, images without edema, with a patch and pairs them with reports of edema."
+    )
+    assert one.lies == (marked, "scaled: west sends its update.")
+    pages = [html.write_study(tmp_path / f"page.{kind}", [study]).read_text() for kind in ("md", "html")]
+    for text in (screen(one, 200), *pages):
+        words = " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split())
+        assert marked in words
+        assert "bad_match" not in words
+    assert "number&#39;s median over the sites" in pages[1]
+    assert 'class="best worse"' in pages[1], "what an attack broke is not marked as what is best"
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        ({"kind": "scale", "strength": 10.0}, "its update, 10 times as long"),
+        ({"kind": "sign_flip"}, "its update turned round"),
+        ({"kind": "noise", "strength": 3.0}, "noise in place of its update, 3 times as long"),
+        ({"kind": "little_is_enough"}, "the mean of the others' updates, moved 1 standard deviation against it"),
+    ],
+)
+def test_every_kind_of_attack_has_words(attack: dict[str, Any], said: str, study: Study) -> None:
+    lying = config.Attack.model_validate({"site": "east"} | attack)
+    assert lies(replace(study, attacks={"one_lie": lying})) == (f"one lie: east sends {said}.",)
 
 
 def test_a_difference_between_regimes_is_paired_by_seed(study: Study) -> None:

@@ -30,11 +30,20 @@ def test_both_tell_every_methods_numbers_the_sites_and_the_record(run_dir: Path)
         assert "| random init |" in text
         assert "Linear probe AUROC: 1,000 studies" in text
         assert "| hill | images with their reports | 2,950 | 43,200 |" in text
-        assert "| aligned | 10 | image and paired | mvm 1, mlm 0.3, contrast 1 |" in text
+        assert "| aligned | 10 | image sites and paired sites | mvm 1, mlm 0.3, contrast 1 |" in text
+        assert "Objectives: mvm is masked vision modelling, mlm is masked language modelling and contrast is image-text" in text
         assert "| versions / torch | 2.11.0 |" in text
         assert f"| fingerprints / config | sha256:{'5' * 64} |" in text
         assert "Energy was not estimated in this run." in text
         assert "No differential privacy bounds" in text
+
+
+def test_moments_are_read_by_people_and_the_end_is_among_them(run_dir: Path) -> None:
+    write_json(run_dir / "manifest.json", manifest(finished=1_763_800_312.4))
+    for text in (*written(run_dir), (run_dir / "report.html").read_text()):
+        assert "2025-11-22T08:26:40+00:00" in text
+        assert "2025-11-22T08:31:52+00:00" in text
+        assert "1763800" not in text
 
 
 def test_the_card_says_what_the_model_is_for_and_what_not(run_dir: Path) -> None:
@@ -47,6 +56,13 @@ def test_the_card_says_what_the_model_is_for_and_what_not(run_dir: Path) -> None
     assert "3 sites with images (4,650 studies), 2 sites with reports (4,850 studies) and 1 site with images" in card
     assert "All of them are synthetic phantoms." in card
     assert "Not a medical device" in card
+
+
+def test_what_other_methods_were_measured_on_otherwise_is_told_of_the_first(make_run: Callable[..., Path]) -> None:
+    values = report_values()
+    values["baselines"]["random_init"]["evaluation"]["classification"]["linear_probe"]["num_train"] = 7
+    for text in written(make_run(**values)):
+        assert "Linear probe AUROC: 1,000 studies, trained on 1,000" in text
 
 
 def test_a_failed_run_has_a_report_with_its_cause_and_no_card(run_dir: Path) -> None:
@@ -69,7 +85,9 @@ def test_names_from_data_stay_words_in_markdown(make_run: Callable[..., Path]) -
         assert text.count("&lt;script>alert(1)&lt;/script>") >= 6
         assert "<" not in text
         assert not re.search(r"(?<!\\)\]\(|(?<!\\)`|^# d", text, re.MULTILINE)
-        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        assert tables
+        for table in tables:
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 

@@ -65,6 +65,37 @@ def test_values_at_the_ends_of_curves_do_not_lie_on_each_other() -> None:
     assert places[-1] <= charts.LINE_HEIGHT - charts.BOTTOM
 
 
+def test_the_value_of_a_curve_that_ends_early_lies_on_no_curve() -> None:
+    falling = curve(*(5 - 0.1 * number for number in range(20)), name="report sites")
+    going_on = curve(*(3.22 for _ in range(10)), first=21)  # ten pixels above the other's end
+    panel = charts.line_panel("loss", [falling, going_on], STAGES, (1, 30))
+    early = next(end for end in panel.ends if end.text == "3.10" and end.x < charts.WIDTH - charts.RIGHT)
+    width = charts.CHARACTER * len(early.text)
+    left = early.x - (width if early.anchor == "end" else 0)
+    for stroke in panel.strokes:
+        for place in stroke.path[1:].split("L"):
+            x, y = map(float, place.split())
+            assert not (left <= x <= left + width and abs(y - early.at) < 5)
+
+
+def test_a_curve_that_hardly_changes_is_drawn_flat() -> None:
+    panel = charts.line_panel("loss", [curve(2.0882, 2.0890)], (), (1, 2))
+    first, last = (float(place.split()[1]) for place in panel.strokes[0].path[1:].split("L"))
+    assert abs(first - last) < 3
+    steep = charts.line_panel("loss", [curve(2.0, 3.0)], (), (1, 2))
+    first, last = (float(place.split()[1]) for place in steep.strokes[0].path[1:].split("L"))
+    assert abs(first - last) > 100
+
+
+def test_a_name_is_cut_to_its_room_and_what_stands_behind_it_is_not() -> None:
+    for name in ("Pleural Thickening", "pneumothorax right"):
+        assert charts.fitted(name, charts.BAR_LEFT - 10, " (77)") == f"{name} (77)"
+    cut = charts.fitted("universitaetsklinikum-hamburg-eppendorf", 118, " (1,200)")
+    assert cut.startswith("univ")
+    assert cut.endswith("… (1,200)")
+    assert len(cut) < 24
+
+
 def test_a_run_of_one_round_has_a_chart() -> None:
     panel = charts.line_panel("loss", [curve(0.7)], (StageSpan("masked", 1, 1),), (1, 1))
     assert all(math.isfinite(value) for stroke in panel.strokes for value in stroke.end)

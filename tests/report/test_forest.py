@@ -12,7 +12,7 @@ from synthetic_study import LEVELS
 from synthetic_study import write_study as written
 
 from fedmix.errors import RunError
-from fedmix.report.comparison import compared
+from fedmix.report.comparison import compared, side_by_side
 from fedmix.report.forest import Column, forest
 from fedmix.report.html import write_comparison, write_study
 from fedmix.report.study import ATTACKS, MEASURES, Study, read_study
@@ -124,5 +124,5 @@ def test_what_cannot_be_drawn_is_said(study: Study, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no method beside the main one yet"):
         write_study(tmp_path / "figure.svg", [alone])
     with pytest.raises(RunError, match="of a study; for single runs"):
-        write_comparison(tmp_path / "figure.svg", [])
+        write_comparison(tmp_path / "figure.svg", side_by_side([]))
     assert not (tmp_path / "figure.svg").exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
+from little import values
 from synthetic_run import evaluation, manifest, metrics_rows, report_values, write_examples
 
 from fedmix.errors import RunError
+from fedmix.report.comparison import side_by_side
 from fedmix.report.files import write_json
 from fedmix.report.html import read_page, write_comparison, write_report
 from fedmix.report.summary import read_report
@@ -94,6 +98,13 @@ def test_report_holds_the_headline_numbers_of_every_method(run_dir: Path) -> Non
         assert f"{values['language']['bits_per_token']:.2f}" in text
     for value in ("0.661", "17.12", "20.48", "6.31"):
         assert value in text, "guesses without a model"
+
+
+def test_a_cell_that_does_not_apply_is_seen_as_a_dash_and_heard_as_words(run_dir: Path) -> None:
+    assert "unigram" in words(write_report(run_dir))
+    text = words(write_report(run_dir)).split("word frequencies")[1]
+    assert text.startswith(" – does not apply" * 5 + " 6.31"), text[:200]  # noqa: RUF001
+    assert "A dash without a number: does not apply." in text
 
 
 def test_report_tells_what_re_ranking_did(make_run: Callable[..., Path]) -> None:
@@ -188,16 +199,54 @@ def test_times_of_sites_side_by_side_are_not_shown_as_shares_of_the_wall(make_ru
     assert sum(part.share or 0.0 for part in whole.times) == pytest.approx(1.0)
 
 
+def test_what_rounds_took_beyond_training_is_a_sentence(make_run: Callable[..., Path]) -> None:
+    timing = report_values()["timing"]
+    assert "The rounds took 6.1 % longer than the time in which" in words(write_report(make_run()))
+    assert "took as long as the time" in read_page(make_run(timing=timing | {"overhead_ratio": 1.0})).overhead
+    assert read_page(make_run(timing=timing | {"overhead_ratio": None})).overhead == ""
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"neither report\.json nor manifest\.json"):
         write_report(tmp_path)
 
 
 def test_comparison_is_written_as_html_or_markdown_by_its_name(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    report = read_report(make_run())
-    page = write_comparison(tmp_path / "compare.html", [report, report])
+    run = make_run()
+    page = write_comparison(tmp_path / "compare.html", side_by_side([run, run]))
     assert "22.15" in words(page)
-    assert write_comparison(tmp_path / "compare.md", [report]).read_text().startswith("|")
+    assert write_comparison(tmp_path / "compare.md", side_by_side([run])).read_text().startswith("|")
+
+
+def test_runs_judged_on_different_studies_have_no_best_and_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    alike = side_by_side([run_dir, other])
+    assert not alike.warning
+    assert [row.name for row in alike.grid.rows] == [f"demo ({run_dir})", f"demo ({other})"]
+    assert any(cell and cell.is_best for row in alike.grid.rows for cell in row.cells)
+    report = json.loads((other / "report.json").read_text())
+    report["evaluation"]["retrieval"]["image_to_text"]["gallery"] += 1
+    (other / "report.json").write_text(json.dumps(report))
+    different = side_by_side([run_dir, other])
+    assert not any(cell and cell.is_best for row in different.grid.rows for cell in row.cells)
+    for kind in ("md", "html"):
+        text = write_comparison(tmp_path / f"compare.{kind}", different).read_text()
+        assert text.index("different held-out studies") < text.index("22.15")
+        assert "best in its column" not in text
+
+
+def test_phantoms_of_another_seed_are_different_studies(run_dir: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 2):
+        folder = tmp_path / f"run-{seed}"
+        shutil.copytree(run_dir, folder)
+        wanted = values(folder)
+        wanted["data"]["held_out"]["phantom"]["seed"] = seed
+        (folder / "config.yaml").write_text(yaml.safe_dump(wanted))
+        found.append(folder)
+    assert side_by_side(found).warning
+    assert not side_by_side([found[0], found[0]]).warning
 
 
 def test_long_runs_of_many_sites_stay_small(run_dir: Path) -> None:

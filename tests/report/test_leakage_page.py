@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 from synthetic_audit import SIZES, block, canaries_and_update, found
 
 from fedmix.errors import RunError
-from fedmix.report.leakage import page_of, rows, write_leakage
+from fedmix.report import charts
+from fedmix.report.leakage import audited, page_of, rows, write_leakage
 
 
 class Tags(HTMLParser):
@@ -43,7 +46,10 @@ def test_the_page_says_what_was_tried_found_and_meant_with_sample_sizes(tmp_path
         "1,480 members, 1,502 non-members (studies)",
         "More often for training pairs: the model has learnt some of them by heart.",
         "An accounted epsilon below 0.42 would be contradicted by this attack.",
-        "88 of 600 members and 31 of 600 non-members accused",
+        "88 of 600 members and 31 of 600 non-members accused; the other half of the patients chose from",
+        "of a member and a non-member, it tells in 71 % of cases which is the member",
+        "difference +6.1 (+2.6 to +9.9) percentage points",
+        "model of run demo (demo-0123) weights sha256 abababababababab… audited 23 Nov 2026, 13:05 UTC",
         "None were planted before training.",
         "An audit of a model sees no update.",
     ):
@@ -52,6 +58,7 @@ def test_the_page_says_what_was_tried_found_and_meant_with_sample_sizes(tmp_path
 
 def test_the_page_is_one_file_that_asks_for_nothing_else_and_its_charts_are_described(tmp_path: Path) -> None:
     source = write_leakage(tmp_path / "leakage.html", found()).read_text(encoding="utf-8")
+    assert "`" not in source.split("</style>")[1]
     tags = Tags()
     tags.feed(source)
     assert not re.search(r"https?://|@import|url\(", source)
@@ -62,12 +69,38 @@ def test_the_page_is_one_file_that_asks_for_nothing_else_and_its_charts_are_desc
     assert "seeds" not in "".join(drawing.get("aria-label", "") for drawing in drawings)
 
 
+def test_a_model_is_named_by_its_run_and_its_weights(tmp_path: Path) -> None:
+    model, when = tmp_path / "model", datetime(2026, 11, 23, 13, 5, tzinfo=UTC)
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    alone = audited(model, when)
+    assert alone == {
+        "run": None,
+        "run_id": None,
+        "weights_sha256": hashlib.sha256(b"weights").hexdigest(),
+        "when": "2026-11-23T13:05:00+00:00",
+    }
+    assert dict(page_of(found(audited=alone)).facts)["model"] == "of no run folder"
+    (tmp_path / "manifest.json").write_text('{"name": "demo", "run_id": "demo-0123"}')
+    assert (audited(model, when)["run"], audited(model, when)["run_id"]) == ("demo", "demo-0123")
+    older = {name: value for name, value in found().items() if name != "audited"}
+    assert dict(page_of(older).facts)["model"] == "not recorded"
+
+
+def test_the_line_of_every_picture_is_at_guessing() -> None:
+    by_title = {panel.title: panel for panel in page_of(found(**canaries_and_update())).panels}
+    found_first = by_title["Own report found first"]
+    start, first = charts.BAR_LEFT, found_first.whiskers[0].x
+    assert found_first.line == pytest.approx(start + (first - start) * 0.005 / 0.242)
+    assert all("is guessing" in panel.description for panel in by_title.values())
+
+
 def test_a_control_that_tells_the_groups_apart_takes_the_finding_back() -> None:
     by_title = {finding.title: finding for finding in page_of(found()).findings}
     assert "not all memory" in by_title["Images"].meaning[-1]
     assert "Better than guessing" in by_title["Image with report"].meaning[0]
     assert len(by_title["Image with report"].meaning) == 1
-    assert "up to 0.52 is not excluded" in by_title["Reports"].meaning[0]
+    assert "in up to 52.4 % of cases (guessing: 50 %) is not excluded" in by_title["Reports"].meaning[0]
 
 
 def test_pairs_that_are_easier_for_a_model_that_saw_none_are_no_memory() -> None:

@@ -76,6 +76,13 @@ def test_a_run_whose_process_has_gone_is_stopped(going_on: Path) -> None:
     assert "goes on with --resume" in read_now(going_on).sentence
 
 
+def test_only_a_run_that_somebody_works_on_has_time_left(going_on: Path) -> None:
+    (going_on / "config.yaml").write_text(experiment().to_yaml())
+    with held(going_on):
+        assert "left" in dict(read_now(going_on).facts)
+    assert "left" not in dict(read_now(going_on).facts)
+
+
 @pytest.mark.parametrize(
     ("state", "cause", "sentence"),
     [

@@ -85,6 +85,32 @@ def test_column_shows_gallery_and_chance_once_where_all_methods_share_them() -> 
     assert cell(grid, "random init", IMAGE_TO_TEXT).setting == "of 100; chance 10.0 %"
 
 
+def test_every_column_says_what_it_was_measured_on() -> None:
+    values = report_values(baselines={})
+    ours = values["evaluation"]
+    for direction in ours["retrieval"].values():
+        direction["num_queries"] = 1000
+    ours["regeneration"]["num_images"] = 152
+    ours["language"] |= {"num_texts": 834, "num_tokens": 5970}
+    ours["classification"]["zero_shot"]["num_train"] = 0
+    assert measures.headline(report(**values)).settings == (
+        "1,000 studies",
+        "1,000 studies, trained on 1,000",
+        "1,000 queries, each in a gallery of 500; chance 2.0 %",
+        "1,000 queries, each in a gallery of 500; chance 2.0 %",
+        "152 images, 75 % hidden",
+        "5,970 tokens of 834 reports, 15 % hidden",
+    )
+
+
+def test_what_has_no_meaning_for_a_method_is_a_dash_with_a_word_on_it() -> None:
+    text = measures.as_markdown(measures.headline(report()))
+    (unigram,) = [line for line in text.splitlines() if "unigram" in line]
+    assert unigram.count("| \N{EN DASH} ") == 5
+    assert text.endswith("A dash without a number: does not apply.\n")
+    assert "does not apply" not in measures.as_markdown(measures.compare_table([report()]))
+
+
 def test_recovered_gap_by_hand() -> None:
     baselines = {name: {"evaluation": evaluation(0.5)} for name in ("best_site", "centralised")}
     values = report_values(baselines=baselines)

@@ -24,12 +24,25 @@ def test_story_names_every_baseline_that_is_ahead() -> None:
     for part in ("classification", "retrieval"):
         del better[part]
     text = story(baselines={"fedavg_all": {"evaluation": better}, "random_init": {"evaluation": worse}})
-    assert "Compared with 2 other methods on 6 measures, ahead of it: fedavg all on PSNR." in text
+    assert (
+        "On 6 measures, compared with 1 other trained method and a model never trained, ahead of it: fedavg all on PSNR."
+        in text
+    )
 
 
 def test_story_says_when_no_baseline_is_ahead_and_nothing_where_there_is_none() -> None:
-    assert "none is ahead" in story(baselines={"random_init": {"evaluation": evaluation(0.0, 2)}})
-    assert "Compared" not in story(baselines={})
+    untrained = story(baselines={"random_init": {"evaluation": evaluation(0.0, 2)}})
+    assert "On 6 measures, compared with a model never trained, none is ahead" in untrained
+    assert "compared with" not in story(baselines={})
+
+
+def test_a_small_difference_does_not_read_as_zero_and_zero_has_no_sign() -> None:
+    ours = evaluation(0.97, 1)
+    ours["regeneration"]["with_report"] |= {"gain_psnr_db": -0.004, "gain_psnr_db_ci95": [-0.0096, -0.0021]}
+    ours["language"]["with_image"] |= {"bits_saved": 0.0, "bits_saved_ci95": [-0.5, 0.25]}
+    text = story(evaluation=ours)
+    assert "changes that by \N{MINUS SIGN}0.004 (\N{MINUS SIGN}0.010 to \N{MINUS SIGN}0.002) dB" in text
+    assert "costs by 0.00 (\N{MINUS SIGN}0.25 to +0.50)" in text
 
 
 def test_story_tells_lost_replies_and_rounds_from_the_metrics() -> None:

@@ -31,10 +31,24 @@ def test_span_writes_a_shared_percent_sign_once() -> None:
     assert quantities.span("0.7", "0.8") == f"0.7{quantities.DASH}0.8"
 
 
+def test_span_keeps_a_dash_away_from_a_minus_sign() -> None:
+    assert quantities.span("-0.5 %", "12.3 %") == "\N{MINUS SIGN}0.5 to 12.3 %"
+    assert quantities.span("-3", "-1") == "\N{MINUS SIGN}3 to \N{MINUS SIGN}1"
+
+
 def test_listing_reads_as_a_sentence_does() -> None:
     assert [quantities.listing(parts) for parts in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
         "a",
         "a and b",
         "a, b and c",
+    ]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [quantities.signed(value, 2) for value in (-0.004, 0.004, -0.006, 1.2)] == [
+        "0.00",
+        "0.00",
+        "\N{MINUS SIGN}0.01",
+        "+1.20",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,23 @@ NORTH = {"unscored": "too few patients", "shares": {"image": 0.25}}
 
 
 def test_fewer_bits_and_more_decibels_are_both_better() -> None:
-    found = {(line.site.name, line.texts[2].split(" (")[0]): line for line in site_value.lines(report(hill=HILL, west=WEST))}
-    assert found["west", "bits per hidden word"].texts[3:] == ("3.500", "3.000", "0.500 better")
-    assert found["hill", "PSNR of hidden patches"].texts[3:] == ("20.00 dB", "21.50 dB", "1.50 dB better")
-    assert found["hill", "R@1 among 32"].texts[2:] == ("R@1 among 32 (200 queries)", "25.0 %", "50.0 %", "25.0 % better")
+    found = {(line.site.name, line.texts[1].split(" (")[0]): line for line in site_value.lines(report(hill=HILL, west=WEST))}
+    assert found["west", "bits per hidden token"].texts[2:] == ("3.500", "3.000", "0.500 bits a token better")
+    assert found["hill", "PSNR of hidden patches"].texts[2:] == ("20.00 dB", "21.50 dB", "1.50 dB better")
+    assert found["hill", "R@1 among 32"].texts[1:] == ("R@1 among 32 (200 queries)", "25.0 %", "50.0 %", "25.0 points better")
     worse = site_value.lines(report(west={"scores": {BITS: score(4.0, 3.5)}}))
-    assert worse[0].texts[-1] == "0.500 worse"
+    assert worse[0].texts[-1] == "0.500 bits a token worse"
     assert worse[0].gain == -0.5
 
 
-def test_a_hospital_gave_its_studies_bytes_and_weight() -> None:
-    texts = [line.texts[1] for line in site_value.lines(report(hill=HILL))]
-    assert all(text.endswith("; weight 40 % shared, 100 % pair") for text in texts)
-    assert all(" pairs; " in text for text in texts)
+def test_a_hospital_gave_its_studies_bytes_and_weight_and_that_is_said_once(run_dir: Path) -> None:
+    [text] = site_value.contributions(report(hill=HILL))
+    assert text.startswith("hill gave ")
+    assert " pairs; " in text
+    assert text.endswith("; weight 40 % shared, 100 % pair.")
+    write_json(run_dir / "report.json", build_report(**scored(hill=HILL)))
+    for page in (write_report(run_dir).read_text(), (run_dir / "report.md").read_text()):
+        assert page.replace("\N{NO-BREAK SPACE}", " ").count("40 % shared") == 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_a_hospital_gave_its_studies_bytes_and_weight() -> None:
         ({"hill": HILL, "west": WEST}, "2 of 2 hospitals gained on every measure of its own."),
         (
             {"hill": HILL, "west": {"scores": {BITS: score(4.0, 3.5)}}},
-            "1 of 2 hospitals gained on every measure of its own. Not on all of its own: west.",
+            "1 of 2 hospitals gained on every measure of its own. Worse or no better on some measure: west.",
         ),
         (
             {"hill": HILL, "north": NORTH, "west": {"scores": {BITS: score(4.0, None)}}},
@@ -91,6 +96,19 @@ def test_every_page_shows_the_table_and_says_that_sums_left(run_dir: Path) -> No
     file = io.StringIO()
     Console(file=file, width=100).print(*remarks(report(hill=HILL, north=NORTH)))
     assert "1.50 dB better" in file.getvalue()
+
+
+def test_the_answer_stands_before_what_a_hospital_gave_and_that_is_said_once(run_dir: Path) -> None:
+    both = {"scores": {BITS: score(4.0, 3.5), PSNR: score(20.0, 19.0)}}
+    write_json(run_dir / "report.json", build_report(**scored(hill=both)))
+    page = write_report(run_dir).read_text()
+    section = page.split('aria-label="What each hospital gave and got"')[1].split("</section>")[0]
+    table, after = section.split("</table>")
+    assert re.findall(r'scope="col"[^>]*>(\w+)', table) == ["Hospital", "Measure", "Alone", "Federation", "Got"]
+    assert table.count('rowspan="2"') == 1, "the hospital stands once"
+    assert len(re.findall(r"<tr", table)) == 3
+    assert "gave" not in table
+    assert after.count("hill gave ") == 1
 
 
 def test_nothing_is_shown_where_nothing_was_asked(run_dir: Path) -> None:
@@ -128,7 +146,14 @@ def test_a_study_takes_differences_within_a_seed_and_gives_their_interval(tmp_pa
     assert bits.got.mean == pytest.approx(0.2)
     half = 4.302652729911275 * 0.1 / 3**0.5  # t for two degrees of freedom
     assert bits.got.interval == pytest.approx((0.2 - half, 0.2 + half))
-    assert bits.texts == ("west", "bits per hidden word", "3.200", "3.000", "+0.200", "\N{MINUS SIGN}0.048 to +0.448")
+    assert bits.texts == (
+        "west",
+        "bits per hidden token",
+        "3.200",
+        "3.000",
+        "+0.200 bits a token",
+        "\N{MINUS SIGN}0.048 to +0.448",
+    )
     assert (psnr.got, psnr.alone, psnr.texts[2:]) == (None, None, (DASH, "20.00 dB", DASH, ""))
     assert study_value.rows(found, "scarce") == ()
     told = study_value.as_json(found, "plentiful")["west"]
@@ -141,7 +166,9 @@ def test_a_study_shows_what_each_hospital_got_on_every_page(tmp_path: Path) -> N
     found = read_study(folder)
     pages = [html.write_study(folder / f"compare.{kind}", [found]).read_text() for kind in ("html", "md")]
     file = io.StringIO()
-    Console(file=file, width=80).print(*study_tables(compared(found), 80))
+    Console(file=file, width=80).print(*study_tables(compared(found)))
     for page in (*pages, file.getvalue()):
-        assert "bits per hidden word" in page
+        assert "bits per hidden token" in page
         assert "+0.100" in page
+        assert "bits a token" in page.replace("\n", " ")
+    assert '<th scope="row">west<small>bits per hidden token</small></th>' in pages[0], "a scrolled row keeps its measure"

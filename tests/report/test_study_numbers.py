@@ -28,8 +28,8 @@ def test_the_interval_is_student_s_t_over_seeds() -> None:
     assert found is not None
     assert found.mean == pytest.approx(2.0)
     # s = 1, n = 3, and the .975 quantile of t with 2 degrees of freedom is 4.3027.
-    assert found.half_width == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
-    assert found.interval == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    half = 4.3027 / math.sqrt(3)
+    assert found.interval == pytest.approx((2 - half, 2 + half), abs=1e-4)
     assert not found.is_clear
     assert found.num_seeds == 3
 
@@ -37,7 +37,7 @@ def test_the_interval_is_student_s_t_over_seeds() -> None:
 def test_one_seed_has_no_interval_and_none_has_no_estimate() -> None:
     found = estimate({7: 0.5})
     assert found is not None
-    assert (found.mean, found.interval, found.half_width, found.is_clear) == (0.5, None, None, False)
+    assert (found.mean, found.interval, found.is_clear) == (0.5, None, False)
     assert estimate({}) is None
 
 
@@ -52,11 +52,11 @@ def test_means_and_paired_differences_are_those_of_the_cells(folder: Path) -> No
     assert less.by_seed == pytest.approx({1: 8.4 * 0.02, 2: 8.4 * 0.04, 3: 8.4 * 0.02})
     assert less.mean == pytest.approx(ours.mean - theirs.mean)
     # Both rise and fall with the seed, so the difference is clear where the two intervals overlap.
-    assert less.half_width is not None
-    assert ours.half_width is not None
-    assert less.half_width < ours.half_width / 2
+    assert less.interval is not None
+    assert ours.interval is not None
+    assert less.interval[1] - less.interval[0] < (ours.interval[1] - ours.interval[0]) / 2
     assert study.methods == ("fedmix", "paired_only", "site_west", "best_site", "centralised")
-    assert study.standing == "6 of 6 cells (2 regimes, 3 seeds) are complete."
+    assert study.standing == "6 of 6 runs complete: 2 regimes, 3 seeds each."
 
 
 def test_recovered_gap_is_of_the_means_and_knows_which_way_is_better(folder: Path) -> None:
@@ -84,6 +84,7 @@ def test_costs_are_counted_from_what_each_run_recorded(folder: Path) -> None:
     assert alone is not None
     assert alone == best, "the best site cost what that site cost"
     assert alone.core_s == pytest.approx(4.0)
+    assert alone.bytes_up == 0, "nothing leaves a site that trains for itself"
     assert pooled is not None
     assert (pooled.steps, pooled.core_s, pooled.bytes_up) == (8, 9.0, 0)
 
@@ -112,7 +113,7 @@ def test_a_step_s_key_moves_with_what_decides_its_cost_and_with_nothing_else(tmp
 def test_an_unfinished_study_is_read_as_far_as_it_has_come(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", {"plentiful": LEVELS["plentiful"][:2], "scarce": []})
     study = read_study(folder)
-    assert study.standing == "2 of 6 cells (2 regimes, 3 seeds) are complete."
+    assert study.standing == "2 of 6 runs complete: 2 regimes, 3 seeds each."
     found = study.estimate("plentiful", "fedmix", PSNR)
     assert found is not None
     assert found.num_seeds == 2
@@ -147,7 +148,7 @@ def test_a_failed_cell_is_counted_and_keeps_its_cause(folder: Path) -> None:
     broken.mkdir()
     (broken / "manifest.json").write_text(json.dumps({"state": "failed", "cause": "the disk is full"}))
     study = read_study(folder)
-    assert study.standing == "5 of 6 cells (2 regimes, 3 seeds) are complete, 1 failed."
+    assert study.standing == "5 of 6 runs complete, 1 failed: 2 regimes, 3 seeds each."
     assert [cell.cause for cell in study.cells if cell.state == "failed"] == ["the disk is full"]
 
 

@@ -10,7 +10,7 @@ from synthetic_run import SITES, evaluation, metrics_rows, report_values, row
 from fedmix.commands.screen import Screen
 from fedmix.report.measures import compare_table
 from fedmix.report.summary import Report, build_report, parse_report
-from fedmix.report.terminal import LiveView, final_table, grid_table, remarks, view, wants_plain
+from fedmix.report.terminal import LiveView, final_table, grid_table, remarks, values_text, view, wants_plain
 
 HOSTILE = "[red]x[/red]\x1b[31m\n"
 
@@ -141,22 +141,37 @@ def test_many_sites_do_not_push_the_bar_off_the_screen() -> None:
     assert "and 34 more sites" in text
 
 
-def test_final_table_keeps_every_value_at_60_columns() -> None:
+@pytest.mark.parametrize("width", [30, 50, 60])
+def test_final_table_keeps_every_value_and_breaks_no_word(width: int) -> None:
     values = report_values()
     values["baselines"]["single_scale_without_experts"] = {"evaluation": evaluation(0.6, 9)}
     found = report(**values)
-    console = terminal(60)
+    console = terminal(width)
     console.print(final_table(found))
     text = shown(console)
-    assert max(map(len, text.splitlines())) <= 60
+    assert max(map(len, text.splitlines())) <= width
+    assert "experts" in text
+    assert "interpolation" in text
     for evaluated in (found.evaluation, *(baseline.evaluation for baseline in found.baselines.values())):
         numbers = evaluated.model_dump()
         assert f"{numbers['classification']['zero_shot']['macro_auroc']:.3f}" in text
         assert f"{numbers['classification']['linear_probe']['macro_auroc']:.3f}" in text
         assert f"{numbers['regeneration']['psnr_db']:.2f}" in text
         assert f"{numbers['language']['bits_per_token']:.2f}" in text
-    assert "[1] the gallery held fewer than ten reports" in text
+    assert "[1] the gallery held fewer than ten reports" in " ".join(text.split())
     assert "…" not in text
+
+
+def test_an_evaluation_is_told_by_the_names_of_its_measures() -> None:
+    found = {"zero_shot/macro_auroc": 0.5371, "retrieval/r@10": 0.0958, "regeneration/psnr_db": 14.2, "time/evaluate_s": 12.0}
+    assert values_text(found) == "zero-shot AUROC 0.537  R@10 9.6 %  PSNR 14.20 dB  took 12 s"
+    assert values_text({"mvm": 0.12345}) == "mvm 0.123", "losses have their own names"
+    live = LiveView(terminal(80), is_plain=True)
+    live.start(1, {})
+    live.update(row("evaluation", "masked", 1, None, 0.0, found))
+    console = terminal(80)
+    console.print(view(live.progress, 80))
+    assert "R@10 9.6 %" in shown(console)
 
 
 def test_final_table_shows_names_as_they_are() -> None:

@@ -153,3 +153,66 @@ def test_a_lost_agent_is_waited_for_but_only_once_if_it_does_not_come_back(
 def test_what_is_no_head_of_a_ledger_is_refused(head: object) -> None:
     with pytest.raises(messages.UpdateError, match="ledger"):
         messages._head({"ledger": head})
+
+
+@pytest.mark.parametrize("studies", [0, -8])
+def test_a_site_that_registers_no_studies_is_no_site(tmp_path: Path, studies: int) -> None:
+    world = World(tmp_path / "a", everyone(tmp_path))
+
+    class Odd(Registered):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            answers = list(super().send_and_receive(messages, timeout=timeout))
+            answers[-1].content.config_records["greeting"]["studies"] = studies
+            return answers
+
+    with pytest.raises(RunError, match=f"site west: the site registers {studies} training studies"):
+        world.run(Odd(world, SITES), books=Books(Ledger(tmp_path / "ledger.jsonl"), PLAN))
+
+
+# ---- a run that is taken up
+
+
+class BrokenError(Exception):
+    """What ends a run in its second round."""
+
+
+def killed_in_round_2(world: World, books: Books) -> None:
+    class Breaking(Registered):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            if any(one.metadata.message_type == "train" for one in messages) and world.taken():
+                raise BrokenError
+            return super().push_messages(messages)
+
+    # A round's orders go out one by one, so taken updates mean that the first round is over.
+    with pytest.raises(BrokenError):
+        world.run(Breaking(world, SITES), books=books)
+    assert world.taken() == [(1, site) for site in SITES]
+
+
+def test_a_run_that_is_taken_up_goes_on_without_a_site_and_lets_it_in_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "GREETING_DEADLINE_S", 0.0)
+    wanted, books = everyone(tmp_path, rounds=3), Books(Ledger(tmp_path / "ledger.jsonl"), PLAN)
+    killed_in_round_2(World(tmp_path / "a", wanted), books)
+
+    class Late(Registered):
+        def get_nodes(self) -> Iterable[NodeInfo]:
+            nodes = list(super().get_nodes())
+            return nodes if (2, "south") in again.taken() else nodes[:2]
+
+    again = World(tmp_path / "a", wanted, resume=True)
+    again.run(Late(again, SITES), books=books)
+    assert again.taken() == [(2, "north"), (2, "south"), *((3, site) for site in SITES)]
+    assert again.dropped() == {"west": "its agent has not come since the run was taken up"}
+
+
+def test_a_run_that_is_taken_up_goes_on_without_a_site_that_refuses_and_says_why(tmp_path: Path) -> None:
+    wanted, books = everyone(tmp_path, rounds=2), Books(Ledger(tmp_path / "ledger.jsonl"), PLAN)
+    killed_in_round_2(World(tmp_path / "a", wanted), books)
+    again = World(tmp_path / "a", wanted, resume=True)
+    again.run(Registered(again, ["north", "west", "south"]), books=books)
+    assert again.taken() == [(2, "north")]
+    assert set(again.dropped()) == {"south", "west"}
+    assert "another name than its key is registered under" in again.dropped()["west"]

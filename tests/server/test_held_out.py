@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedmix import config
+from fedmix.data.characteristics import Characteristics
 from fedmix.data.shard import Shard
 from fedmix.data.shard_writer import ShardWriter
 from fedmix.data.tokenizer import Tokenizer
@@ -44,6 +45,19 @@ def test_studies_are_grouped_by_view_and_shard_without_a_folders_name(tmp_path: 
     assert held_out.groups["site"].tolist() == ["shard 1"] * 3 + ["shard 2"] * 2
     expected = [("PA", "AP", "PA")[row] for row in grey[:3]] + [("lateral", "unknown")[row] for row in grey[3:]]
     assert held_out.groups["view"].tolist() == expected
+
+
+def test_studies_are_grouped_by_sex_and_age_band_where_a_shard_keeps_them(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"image_size": 16, "tokenizer": Tokenizer.load(), "key": bytes(range(32))}
+    said = [Characteristics("F", "0-17"), Characteristics("M", "80+"), Characteristics("unknown", "40-59")]
+    with ShardWriter(tmp_path / "kept", keeps_characteristics=True, **settings) as writer:
+        for row, one in enumerate(said):
+            image, split = np.full((16, 16), row, np.uint8), ("train", "test")[row % 2]
+            writer.add(patient=f"p{row}", study=str(row), image=image, split=split, characteristics=one)
+    held_out = of_shards([Shard.open(tmp_path / "kept"), shard(tmp_path / "usual", ("PA", "AP"))], 16, Tokenizer.load())
+    assert list(held_out.groups) == ["view", "sex", "age_band", "site"]
+    assert held_out.groups["sex"].tolist() == ["F", "unknown", "M", "unknown", "unknown"]
+    assert held_out.groups["age_band"].tolist() == ["0-17", "40-59", "80+", "unknown", "unknown"]
 
 
 def test_of_a_long_training_split_no_more_is_read_than_a_probe_can_use(tmp_path: Path) -> None:

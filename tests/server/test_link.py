@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents, validate_object_content
-from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
 
 from server import link, messages
 from server.link import LinkGrid
@@ -168,3 +171,43 @@ def test_all_that_orders_and_replies_hold_survives_flowers_objects() -> None:
         found = came.content.array_records["deltas"][name].numpy()
         assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
     assert dict(message_from_proto(message_to_proto(came)).content) == records
+
+
+class Store:
+    """A SuperLink's Runtime API with one reply, whose objects it hands over; counts what was asked for."""
+
+    def __init__(self, message: Message) -> None:
+        self.objects = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+        self.head = message_to_proto(Message(RecordDict(), reply_to=order("a")))
+        self.head.metadata.message_id = message.object_id
+        self.tree, self.fetched, self.confirmed = get_object_tree(message), 0, 0
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        return PullAppMessagesResponse(messages_list=[self.head], message_object_trees=[self.tree])
+
+    def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
+        content = self.objects[request.object_id]
+        self.fetched += len(content)
+        return PullObjectResponse(object_found=True, object_available=True, object_content=content)
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed += 1
+
+
+@pytest.mark.parametrize(("num_bytes", "is_taken"), [(1_000, True), (3_000_000, False)])
+def test_a_reply_that_is_larger_than_any_update_is_not_fetched_whole(
+    num_bytes: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "ODD_BYTES", 100_000)
+    chunks = {f"part{number}": Array(np.full(num_bytes // 100, number, np.uint8)) for number in range(100)}
+    store = Store(Message(RecordDict({"deltas": ArrayRecord(chunks)}), reply_to=order("a")))
+    inner = HttpGrid(token="t")
+    inner.set_run(Run.create_empty(7))
+    vars(inner)["_client"] = store
+    (reply,) = LinkGrid(inner).pull_messages(["a"])
+    if is_taken:
+        assert set(reply.content["deltas"]) == set(chunks)
+        return
+    assert messages.reason(reply) == "its reply is larger than any update of what it was sent"
+    assert (reply.metadata.reply_to_message_id, store.confirmed) == ("a", 0)
+    assert store.fetched < num_bytes / 2

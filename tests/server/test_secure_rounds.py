@@ -48,6 +48,7 @@ def test_a_site_that_drops_out_midway_costs_its_own_part_only(tmp_path: Path) ->
     assert world.dropped() == {"north": "on purpose"}
     assert [row(world)[f"secure_sum/sites/{tower}"] for tower in TOWERS] == [2.0, 0.0, 2.0, 0.0]
     image = [name for name in done.parameters if tower_of(group_of(name)) == "image"]
+    assert image
     assert all(torch.equal(value, done.parameters[name]) for name, value in world.initial().items() if name in image)
     said = Privacy.model_validate({"mode": "none"} | privacy_of(world.experiment, done.totals)).secure_sum
     assert said is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from little import World, values
 
 from fedmix import config
@@ -17,6 +18,7 @@ from fedmix.data.shard import Shard
 from fedmix.deployment.plan import Plan
 from fedmix.errors import ConfigError
 from fedmix.evaluation.triggers import TRIGGERS
+from fedmix.federation.update import group_of, tower_of
 from simulations import attacks
 from simulations.engine import run_in_process
 from simulations.partition import prepare_sites
@@ -99,8 +101,22 @@ def test_a_lie_within_bounds_moves_the_model(tmp_path: Path) -> None:
     ours, theirs = honest.store.latest().parameters, flipped.store.latest().parameters
     assert flipped.taken() == honest.taken()
     assert any((ours[name] != theirs[name]).any() for name in ours)
-    # Nobody else's round follows from it: north is in the first stage as well, on parameters that only it trains.
-    assert all((ours[name] == theirs[name]).all() for name in ours if name.startswith("image.patches"))
+
+
+def test_a_text_site_s_lie_moves_every_parameter_of_its_tower_and_none_of_another_s_in_that_round(tmp_path: Path) -> None:
+    """North trains the image tower alone in the first stage; later rounds start from what the lie has moved."""
+    first_stage = values(tmp_path)["stages"][:1]
+    honest = World(tmp_path / "honest", values(tmp_path, stages=first_stage))
+    flipped = World(tmp_path / "flipped", values(tmp_path, stages=first_stage, attack={"site": "south", "kind": "sign_flip"}))
+    run_through(honest)
+    run_through(flipped)
+    before, ours, theirs = honest.initial(), honest.store.latest().parameters, flipped.store.latest().parameters
+    trained = {name for name in ours if (torch.as_tensor(ours[name]) != torch.as_tensor(before[name])).any()}
+    image, text = ({name for name in trained if tower_of(group_of(name)) == tower} for tower in ("image", "text"))
+    assert {"embed_image.project.weight", "patch_decoder.values.weight"} <= image
+    assert {"embed_text.word.weight", "word_head.logits.weight"} <= text
+    assert all((ours[name] == theirs[name]).all() for name in image)
+    assert all((ours[name] != theirs[name]).any() for name in text)
 
 
 def run_through(world: World) -> None:

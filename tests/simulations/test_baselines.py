@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from little import World, everyone, scoring, values
+from little import Silent, World, everyone, scoring, values
 
 from fedmix import config
 from fedmix.batch import Batch
@@ -19,6 +19,7 @@ from fedmix.errors import ConfigError, DataError
 from fedmix.federation.update import digest
 from server.store import Parameters
 from simulations import baselines
+from simulations.run import simulate
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -73,7 +74,8 @@ def test_a_union_batch_holds_every_site_s_batch_of_that_step_unchanged(tmp_path:
     own = [source.batch(5).patient for source in (images, texts, pairs)]
     assert torch.equal(batch.patient, torch.cat(own))
     # The masks of the objectives find the pairs: image rows 4..7 belong to text rows 4..7.
-    assert batch.paired_image_rows().tolist() == batch.paired_text_rows().tolist() == [4, 5, 6, 7]
+    for has_it in (batch.has_image, batch.has_text):
+        assert batch.is_paired[has_it].nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("centralised", 1 * 2 * 2 + 2 * 2 * 1), ("centralised_steps", 1 * 2 + 2 * 2)])
@@ -237,3 +239,27 @@ def test_every_site_trains_alone_where_sites_score_models_and_the_best_is_still_
     wanted = scoring(tmp_path)
     assert list(federated(wanted, "local_only")) == ["site_north", "site_south", "site_west"]
     assert [site.name for site in baselines.lonely(config.build(wanted))] == ["west"]
+
+
+def test_a_quorum_is_what_the_sites_of_a_baseline_can_meet(tmp_path: Path) -> None:
+    wanted = with_two_pairs(tmp_path, federation={"min_sites": 4, "min_sites_of_stream": {"paired": 2, "image": 1}})
+    alone = federated(wanted, "local_only")["site_west"].federation
+    assert (alone.min_sites, alone.min_sites_of_stream.paired, alone.min_sites_of_stream.image) == (1, 1, 0)
+    without = federated(wanted, "leave_one_out")["without_west"]
+    fewest = min(len(config.sites_of(stage, without.data.sites)) for stage in without.stages)
+    assert without.federation.min_sites == min(4, fewest)
+    assert (without.federation.min_sites_of_stream.paired, without.federation.min_sites_of_stream.image) == (1, 1)
+
+
+def test_a_site_alone_has_nobody_to_sum_with(tmp_path: Path) -> None:
+    wanted = with_two_pairs(tmp_path, secure_sum={"threshold": 2, "clip": 0.5}, aggregation={"clip": None})
+    assert config.build(wanted).secure_sum is not None
+    assert federated(wanted, "local_only")["site_west"].secure_sum is None
+
+
+def test_a_baseline_that_cannot_be_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    wanted = values(tmp_path, baselines={"leave_one_out": {}})
+    wanted["data"]["sites"], wanted["stages"] = wanted["data"]["sites"][2:], wanted["stages"][1:]
+    with pytest.raises(ConfigError, match="take this baseline out"):
+        simulate(config.build(wanted), tmp_path / "run", engine_name="inprocess", resume=False, view=Silent())
+    assert not (tmp_path / "run").exists()

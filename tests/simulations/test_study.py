@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from little import ROOT, command, fedmix, values, write_config
+from little import ROOT, Silent, command, fedmix, values, write_config
 
 from fedmix import config
 from fedmix.errors import ConfigError, RunError
@@ -31,18 +31,6 @@ def wanted(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def cells(folder: Path, **changes: Any) -> list[Cell]:
     return cells_of(config.build(wanted(folder, **changes)), folder / "out")
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, total_rounds: int, sites: Any) -> None: ...
-
-    def update(self, row: Any) -> None: ...
-
-    def say(self, sentence: str) -> None:
-        self.said.append(sentence)
 
 
 # ---- cells
@@ -216,7 +204,7 @@ def test_a_killed_study_ends_as_one_that_never_was(tmp_path: Path) -> None:
     path = write_config(tmp_path, plan)
     whole = fedmix("simulate", path, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    assert "2 of 2 cells (1 regime, 2 seeds) are complete." in whole.stdout
+    assert "2 of 2 runs complete: 1 regime, 2 seeds." in whole.stdout
 
     out = tmp_path / "killed"
     with subprocess.Popen(command("simulate", path, "--out", out), stdout=subprocess.DEVNULL, cwd=ROOT) as run:
@@ -230,7 +218,7 @@ def test_a_killed_study_ends_as_one_that_never_was(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before, "a cell outlived its study"
     partly = fedmix("compare", out)
     assert partly.returncode == 0, partly.stderr
-    assert "0 of 2 cells" in partly.stdout
+    assert "0 of 2 runs" in partly.stdout
 
     again = fedmix("simulate", path, "--out", out, "--resume")
     assert again.returncode == 0, again.stderr
@@ -263,5 +251,5 @@ def test_a_cell_that_fails_is_named_and_the_others_are_finished(tmp_path: Path) 
     assert "1 of 2 cells failed (broken/seed-1: site west: there is no shard at" in answer.stderr
     compared = fedmix("compare", tmp_path / "out", "--out", tmp_path / "page.html")
     assert compared.returncode == 0, compared.stderr
-    assert "1 of 2 cells (2 regimes, 1 seed) are complete, 1 failed." in compared.stdout
+    assert "1 of 2 runs complete, 1 failed: 2 regimes, 1 seed each." in compared.stdout
     assert "1 failed" in (tmp_path / "page.html").read_text()

@@ -11,12 +11,12 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.multival import MultiValue
 
+from fedmix.data.characteristics import AGE_BANDS, SEXES, UNKNOWN, band_between, band_named, sex_named
 from fedmix.data.dicom.files import open_dataset, refusing
 
 View = Literal["PA", "AP", "lateral", "unknown"]
 
 MAX_TEXT = 64  # what the standard allows for the longest of these values
-MAX_AGE = 120  # years; more is a typing error
 
 HEADER_TAGS = (
     "SOPClassUID",
@@ -27,6 +27,8 @@ HEADER_TAGS = (
     "PatientID",
     "PatientSex",
     "PatientAge",
+    "PatientBirthDate",
+    "StudyDate",
     "BodyPartExamined",
     "ViewPosition",
     "ViewCodeSequence",
@@ -66,7 +68,8 @@ class Header:
 
     ``patient_id``, ``study_instance_uid``, ``sop_instance_uid`` and ``accession_number`` name a person: hash them, and keep
     them out of every file, log and message. ``view_code``: value and meaning of the first view code. ``orientation``: towards
-    which side of the patient rows and columns run. ``age_band``: "60-69", "90+", or blank.
+    which side of the patient rows and columns run. ``sex``, ``age_band``: as ``fedmix.data.characteristics`` names them; the
+    age and the dates that a band is made of go no further than the process that reads the file.
     """
 
     patient_id: str
@@ -107,6 +110,8 @@ class Header:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         kinds = {field.name: str(field.type).split("[")[0] for field in fields(cls)}
         if {name: type(value).__name__ for name, value in values.items()} != kinds:
+            raise ValueError("not a header")
+        if values["sex"] not in SEXES or values["age_band"] not in AGE_BANDS:
             raise ValueError("not a header")
         return cls(**values)
 
@@ -149,8 +154,8 @@ def header_of(dataset: FileDataset) -> Header:
         view_code=_view_code(dataset),
         orientation=tuple(part.strip().upper() for part in _text(dataset, "PatientOrientation").split("\\") if part.strip()),
         laterality=_text(dataset, "ImageLaterality") or _text(dataset, "Laterality"),
-        sex=_text(dataset, "PatientSex").upper(),
-        age_band=_age_band(_text(dataset, "PatientAge")),
+        sex=sex_named(_text(dataset, "PatientSex")),
+        age_band=_age_band(dataset),
         burned_in=_text(dataset, "BurnedInAnnotation").upper(),
         photometric=_text(dataset, "PhotometricInterpretation").upper(),
         presentation=_text(dataset, "PresentationLUTShape").upper(),
@@ -200,11 +205,8 @@ def _view_code(dataset: Dataset) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
-def _age_band(age: str) -> str:
-    """Decades, and one band from 90 on, as the Safe Harbor rule of HIPAA asks; blank where it is unreadable."""
-    if len(age) != 4 or not age[:3].isdecimal() or age[3] not in "DWMY":
-        return ""
-    years = int(age[:3]) // {"D": 365, "W": 52, "M": 12, "Y": 1}[age[3]]
-    if years > MAX_AGE:
-        return ""
-    return "90+" if years >= 90 else f"{years // 10 * 10}-{years // 10 * 10 + 9}"
+def _age_band(dataset: Dataset) -> str:
+    """Of the age with its unit, else of birth and study date."""
+    age = _text(dataset, "PatientAge")
+    band = band_named(age) if age[-1:].isalpha() else UNKNOWN  # without a unit it may be months
+    return band_between(_text(dataset, "PatientBirthDate"), _text(dataset, "StudyDate")) if band == UNKNOWN else band

@@ -5,7 +5,8 @@
 releases, so only what follows is used, and only if it looks as it should.
 
 1 is present, 0 absent, -1 uncertain and blank not mentioned; the last two are both "not known" here. A frontal image whose
-column AP/PA says LL or RL contradicts itself: its view is unknown. (Irvin et al. 2019, AAAI 33, 590-597; arXiv:1901.07031.)
+column AP/PA says LL or RL contradicts itself: its view is unknown. Age 0, in three rows, is
+taken for not known. (Irvin et al. 2019, AAAI 33, 590-597; arXiv:1901.07031.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fedmix.data.characteristics import Characteristics, band_named, sex_named
 from fedmix.data.layouts import sheets
 from fedmix.data.layouts.paths import path_parts, real_root
 from fedmix.data.layouts.records import (
@@ -37,6 +39,7 @@ FINDINGS = (
 )
 _TABLES = {"train.csv": "train", "valid.csv": "val"}
 _COLUMNS = ("Path", "Frontal/Lateral", "AP/PA", *FINDINGS)
+_CHARACTERISTICS = ("Sex", "Age")
 _PATH = re.compile(r"(?:train|valid)/(patient\d{5,6})/(study\d{1,3})/view\d{1,2}_(?:frontal|lateral)\.jpg")
 
 
@@ -62,7 +65,7 @@ def _studies(root: Path, names: tuple[str, ...]) -> Mapping[str, Record | Refusa
     found: dict[str, Record | Refusal] = {}
     for name, split in _TABLES.items():
         table = sheets.find(root, name)
-        for row, cells in sheets.cells_of(table, _COLUMNS) if table else ():
+        for row, cells in sheets.cells_of(table, _COLUMNS, _CHARACTERISTICS) if table else ():
             try:
                 record = _record(row, cells, split, names)
             except RefusedError as refused:
@@ -78,7 +81,7 @@ def _studies(root: Path, names: tuple[str, ...]) -> Mapping[str, Record | Refusa
 def _record(row: int, cells: tuple[str, ...] | None, split: str, names: tuple[str, ...]) -> Record:
     if cells is None:
         raise RefusedError("row_malformed")
-    path, side, projection, *labels = cells
+    path, side, projection, *labels, sex, age = cells
     parts = path_parts(path)
     match = _PATH.fullmatch("/".join(parts[1:])) or _PATH.fullmatch("/".join(parts))
     if match is None:
@@ -91,6 +94,7 @@ def _record(row: int, cells: tuple[str, ...] | None, split: str, names: tuple[st
         pictures=(Picture((match[0],), _view(side, projection)),),
         split=split,
         labels={name: values[name] for name in names},
+        characteristics=Characteristics(sex_named(sex), band_named("" if age.strip() == "0" else age)),
     )
 
 

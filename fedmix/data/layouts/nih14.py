@@ -4,8 +4,8 @@
 lists ``test_list.txt`` and ``train_val_list.txt``; the latter leaves it to us which of its patients validate.
 
 The header's ``OriginalImage[Width,Height]`` splits at its comma, so columns are found by name and never by place. "No
-Finding" means that all 14 are absent. Each image is a study: the table does not say which were taken together.
-(Wang et al. 2017, CVPR, ChestX-ray8.)
+Finding" means that all 14 are absent. Each image is a study: the table does not say which were taken together. In older
+tables an age is written "057Y", and some are of 400 years: those are not known. (Wang et al. 2017, CVPR, ChestX-ray8.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from fedmix.data.characteristics import Characteristics, band_named, sex_named
 from fedmix.data.layouts import sheets
 from fedmix.data.layouts.paths import path_parts
 from fedmix.data.layouts.records import (
@@ -35,6 +36,7 @@ FINDINGS = (
     *("Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax"),
 )
 _COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "View Position")
+_CHARACTERISTICS = ("Patient Age", "Patient Gender", "Patient Sex")  # gender or sex, by the release
 _IMAGE = re.compile(r"\d{8}_\d{3}\.png")
 
 
@@ -58,7 +60,7 @@ def open_nih14(root: Path, options: SourceOptions) -> Source:
 def _records(
     table: Path, folders: Mapping[str, str], splits: Mapping[str, str] | None, names: tuple[str, ...]
 ) -> Iterator[Record | Refusal]:
-    for row, cells in sheets.cells_of(table, _COLUMNS):
+    for row, cells in sheets.cells_of(table, _COLUMNS, _CHARACTERISTICS):
         try:
             yield _record(row, cells, folders, splits, names)
         except RefusedError as refused:
@@ -74,7 +76,7 @@ def _record(
 ) -> Record:
     if cells is None:
         raise RefusedError("row_malformed")
-    image, findings, patient, view = (cell.strip() for cell in cells)
+    image, findings, patient, view, age, gender, sex = (cell.strip() for cell in cells)
     path_parts(image)
     if not _IMAGE.fullmatch(image):
         raise RefusedError("path_unexpected")
@@ -89,6 +91,7 @@ def _record(
         pictures=(Picture((f"{folders.get(image, 'images')}/{image}",), view_named(view)),),
         split=None if splits is None else splits[image],
         labels=_labels(findings, names),
+        characteristics=Characteristics(sex_named(gender or sex), band_named(age)),
     )
 
 

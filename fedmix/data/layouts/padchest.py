@@ -5,8 +5,8 @@ zip unpacked into a folder of its number (``0/...png``, the column ImageDir) or 
 
 The 16-bit PNG files of MONOCHROME1 images are negatives, which no tag in them says: the table's column does. The cell of
 Labels is a Python list; it is read as a literal of bounded length and as nothing else, and an empty one means that nobody
-looked. Reports are in Spanish, lower case, stemmed: they are taken whole. (Bustos et al. 2020, Medical Image Analysis 66;
-arXiv:1901.07441.)
+looked. Reports are in Spanish, lower case, stemmed: they are taken whole. PatientBirth is a year, so that an age may be one
+too high; with an impossible one (2052) it is not known. (Bustos et al. 2020, Medical Image Analysis 66; arXiv:1901.07441.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from fedmix.data import phi
+from fedmix.data.characteristics import Characteristics, band_between, sex_named
 from fedmix.data.layouts import sheets
 from fedmix.data.layouts.paths import path_parts
 from fedmix.data.layouts.records import Picture, Record, Refusal, Report, Source, SourceOptions, found_labels, view_named
@@ -31,6 +32,7 @@ MAX_FINDING = 80
 _COLUMNS = (
     *("ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "PhotometricInterpretation_DICOM", "Report", "Labels"),
 )
+_CHARACTERISTICS = ("PatientSex_DICOM", "PatientBirth", "StudyDate_DICOM")
 _IMAGE = re.compile(r"[A-Za-z0-9._-]{1,200}\.png")
 _FOLDER = re.compile(r"\d{1,3}(?:\.0)?")
 
@@ -52,7 +54,7 @@ def open_padchest(root: Path, options: SourceOptions) -> Source:
 
 def _studies(table: Path, options: SourceOptions) -> Mapping[str, Record | Refusal]:
     found: dict[str, Record | Refusal] = {}
-    for row, cells in sheets.cells_of(table, _COLUMNS):
+    for row, cells in sheets.cells_of(table, _COLUMNS, _CHARACTERISTICS):
         try:
             record = _record(row, cells, options)
         except RefusedError as refused:
@@ -69,7 +71,7 @@ def _studies(table: Path, options: SourceOptions) -> Mapping[str, Record | Refus
 def _record(row: int, cells: tuple[str, ...] | None, options: SourceOptions) -> Record:
     if cells is None:
         raise RefusedError("row_malformed")
-    image, folder, study, patient, projection, photometric, report, labels = (cell.strip() for cell in cells)
+    image, folder, study, patient, projection, photometric, report, labels, sex, birth, taken = (cell.strip() for cell in cells)
     path_parts(image)
     path_parts(folder)
     if not _IMAGE.fullmatch(image) or not _FOLDER.fullmatch(folder):
@@ -85,6 +87,7 @@ def _record(row: int, cells: tuple[str, ...] | None, options: SourceOptions) -> 
         pictures=(Picture(places, view_named(projection), is_negative=photometric == "MONOCHROME1"),),
         report=Report(text, lang="es") if text and text.lower() not in ("nan", "none") else None,
         labels=dict.fromkeys(_findings(labels), 1),
+        characteristics=Characteristics(sex_named(sex), band_between(birth, taken)),
     )
 
 

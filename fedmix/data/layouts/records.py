@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedmix.data.characteristics import NOT_SAID, Characteristics
 from fedmix.data.languages import language
 from fedmix.data.quarantine import RefusedError
 from fedmix.errors import DataError
@@ -61,6 +62,7 @@ class Record:
 
     ``row``: where it stands in the data set's table (the header is row 1), or its number. ``patient`` and ``study`` are None
     where only the files say. ``split``: None to draw it. ``labels``: finding -> 1, 0, -1 (not known).
+    ``characteristics``: as the table says; a DICOM file says it itself.
     """
 
     row: int
@@ -70,6 +72,7 @@ class Record:
     report: Report | None = None
     split: str | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
+    characteristics: Characteristics = NOT_SAID
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,10 @@ def needed(root: Path, *patterns: str) -> Path:
     return path
 
 
-def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...] | None]]:
+def cells_of(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, tuple[str, ...] | None]]:
     """Row number (the header is row 1) and the cells of some columns; None for a row that does not fit the header.
 
+    The cells of ``optional`` columns follow, blank where the table has no such column.
     Raises ``DataError`` if the file cannot be read or lacks a column.
     """
     try:
@@ -62,9 +63,10 @@ def cells_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple[st
             rows = csv.reader(file, strict=True)
             header = [name.strip() for name in next(rows, [])]
             places = _places(header, columns)
+            places += [header.index(name) if name in header else None for name in optional]
             widths = (len(header), len(header) - 1 if header[-1] == "" else len(header))  # some headers end in a comma
             for number, cells in enumerate(unbroken(rows), start=2):
-                yield number, tuple(cells[place] for place in places) if len(cells) in widths else None
+                yield number, _cells(cells, places) if len(cells) in widths else None
     except (OSError, EOFError, csv.Error) as error:
         raise DataError(f"a table of the data set cannot be read ({type(error).__name__}); fetch it again") from None
 
@@ -78,7 +80,11 @@ def header_of(path: Path) -> list[str]:
         raise DataError(f"the table cannot be read ({type(error).__name__}); give a CSV file with a header row") from None
 
 
-def _places(header: Sequence[str], columns: Sequence[str]) -> list[int]:
+def _cells(cells: Sequence[str], places: Sequence[int | None]) -> tuple[str, ...]:
+    return tuple("" if place is None else cells[place] for place in places)
+
+
+def _places(header: Sequence[str], columns: Sequence[str]) -> list[int | None]:
     missing = [name for name in columns if name not in header]
     if missing or not header:  # what the header has is not repeated: without one it would be the first patient
         raise DataError(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fedmix.data import phi
+from fedmix.data.characteristics import Characteristics, band_named, sex_named
 from fedmix.data.languages import language
 from fedmix.data.layouts.records import (
     MAX_LABELS,
@@ -50,6 +51,8 @@ class TableColumns:
     view: str = "view"
     split: str = "split"
     lang: str = "lang"
+    sex: str = "sex"
+    age: str = "age"
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ def _record(table: Table, number: int, cells: list[str]) -> Record:
         report=Report(text, lang=language(row.get(columns.lang, "")) or table.lang) if text else None,
         split=split_named(row[columns.split]) if table.has(columns.split) else None,
         labels=_labels(table, row),
+        characteristics=Characteristics(sex_named(row.get(columns.sex, "")), band_named(row.get(columns.age, ""))),
     )
 
 

@@ -38,6 +38,8 @@ class PrepareOptions:
     splits. ``max_bad_share``: more unusable rows than this end the preparation. ``replace``: an older shard may be replaced.
     ``fresh``: start over, where an interrupted preparation could be gone on with. ``part``: (k, n) keeps, of the patients
     outside the official test split, those of the k-th of n parts, counted from 1 (``fedmix.data.prepare.parts``).
+    ``keeps_characteristics``: sex and age band go in, as far as the data set says them (PS3.15: Retain Patient
+    Characteristics).
     """
 
     image: ImageOptions = field(default_factory=ImageOptions)
@@ -53,6 +55,7 @@ class PrepareOptions:
     replace: bool = False
     fresh: bool = False
     part: tuple[int, int] | None = None
+    keeps_characteristics: bool = False
 
     def __post_init__(self) -> None:
         if self.stream not in (None, "image", "text", "paired"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedmix.data.characteristics import UNKNOWN
 from fedmix.data.deidentification import Deidentification
 from fedmix.data.layouts.records import TRAIN_OR_VAL, Record, Refusal, Source
 from fedmix.data.prepare.decoding import decoding
@@ -67,6 +68,7 @@ def prepare(
         label_names=source.label_names,
         max_words=options.max_words,
         split_shares=options.split_shares,
+        keeps_characteristics=options.keeps_characteristics,
         replace=options.replace,
         mark=mark_of_settings(source, options, tokenizer=tokenizer, key=key),
         fresh=options.fresh,
@@ -120,6 +122,7 @@ def _write(writer: ShardWriter, mark: str, outcome: Outcome, tally: Tally) -> No
             labels=one.record.labels,
             view=one.view,
             lang="" if one.record.report is None else one.record.report.lang,
+            characteristics=one.characteristics,
             split=None if one.record.split == TRAIN_OR_VAL else one.record.split,
             never_test=one.record.split == TRAIN_OR_VAL,
         )
@@ -187,16 +190,20 @@ def _notes(source: Source, options: PrepareOptions, tally: Tally, shard: Shard) 
         yield f"Splits are drawn by patient from the site key: {', '.join(f'{share:.0%}' for share in options.split_shares)}."
     if tally.phi:
         yield f"{max(tally.phi.values())} or more texts with dates, numbers or names were kept, as --phi count asks."
+    if options.keeps_characteristics:
+        known = [shard.num_studies - said.count(UNKNOWN) for said in (shard.sex, shard.age_band)]
+        yield f"Sex is kept of {known[0]} and the age band of {known[1]} studies, as --keep-characteristics asks."
     if not shard.label_names:
         yield "No findings were found: this shard cannot be used to evaluate classification."
 
 
 def _deidentification(options: PrepareOptions, tally: Tally) -> Deidentification:
-    return Deidentification(
+    said = Deidentification(
         burned_in_not_stated="kept" if options.takes_unmarked else "left out",
         texts="left out where the gate found something" if options.phi == "quarantine" else "searched and kept",
         texts_kept_with=dict(sorted(tally.phi.items())),
     )
+    return said.keeping_characteristics() if options.keeps_characteristics else said
 
 
 def _disk_advice(error: OSError) -> str:

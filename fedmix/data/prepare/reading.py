@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmix.data import phi
+from fedmix.data.characteristics import NOT_SAID, Characteristics
 from fedmix.data.layouts.paths import read_first
 from fedmix.data.layouts.records import Record, Refusal, Report, Source
 from fedmix.data.pictures import Decode, Decoded, check_view
@@ -22,6 +23,7 @@ from fedmix.data.reports import clean, decode, has_words, pick
 
 if TYPE_CHECKING:
     from fedmix.batch import Stream
+    from fedmix.data.dicom import Header
 
 MAX_REPORT_BYTES = 1024 * 1024  # a hundred times the longest radiology reports, before they are cleaned and cut
 
@@ -34,6 +36,7 @@ class Ready:
     view: str
     image: NDArray[np.uint8] | None
     text: str | None
+    characteristics: Characteristics
 
 
 @dataclass
@@ -86,8 +89,18 @@ def _finish(record: Record, images: list[Decoded], text: str | None, options: Pr
         outcome.left_out += [] if outcome.left_out else [missing]  # why an image or report is not there has been said
         return
     if not images:
-        outcome.ready.append(Ready(record, "unknown", None, text))
-    outcome.ready += [Ready(record, decoded.view, decoded.image, text) for decoded in images]
+        outcome.ready.append(Ready(record, "unknown", None, text, _characteristics(record, None, options)))
+    outcome.ready += [
+        Ready(record, decoded.view, decoded.image, text, _characteristics(record, decoded.header, options))
+        for decoded in images
+    ]
+
+
+def _characteristics(record: Record, header: Header | None, options: PrepareOptions) -> Characteristics:
+    """What the file says, or else the table; nothing goes further than here unless the site asks for it."""
+    if not options.keeps_characteristics:
+        return NOT_SAID
+    return record.characteristics if header is None else Characteristics(header.sex, header.age_band)
 
 
 def _text(source: Source, report: Report | None, options: PrepareOptions, outcome: Outcome) -> str | None:

@@ -12,9 +12,16 @@ HEADER = (
 )
 
 
-def row(path: str, side: str = "Frontal", projection: str = "AP", **findings: str) -> list[object]:
+def row(path: str, side: str = "Frontal", projection: str = "AP", **findings: object) -> list[object]:
     given = {name.replace("_", " "): value for name, value in findings.items()}
-    return [path, "Female", 68, side, projection, *(given.get(name, "") for name in FINDINGS)]
+    return [
+        path,
+        given.pop("Sex", "Female"),
+        given.pop("Age", 68),
+        side,
+        projection,
+        *(given.get(name, "") for name in FINDINGS),
+    ]
 
 
 @pytest.fixture
@@ -48,6 +55,19 @@ def test_frontal_images_come_with_labels_and_official_splits_from_either_folder(
 def test_a_frontal_image_that_is_called_lateral_is_taken_only_where_unknown_views_are(root: Path) -> None:
     _, shard = prepared("chexpert", root, views="frontal-or-unknown")
     assert shard.view == ["AP", "PA", "unknown", "AP"]
+
+
+def test_sex_and_age_band_are_those_of_the_table_where_they_are_asked_for(root: Path) -> None:
+    rows = [
+        row("train/patient00001/study1/view1_frontal.jpg", Sex="Male", Age=90),
+        row("train/patient00001/study2/view1_frontal.jpg", Age=18),
+        row("train/patient00002/study1/view1_frontal.jpg", Sex="Unknown", Age=0),
+    ]
+    write_table(root / "train.csv", HEADER, rows)
+    _, shard = prepared("chexpert", root, keeps_characteristics=True)
+    assert (shard.sex, shard.age_band) == (["M", "F", "unknown", "F"], ["80+", "18-39", "unknown", "60-79"])
+    _, shard = prepared("chexpert", root, "usual")
+    assert set(shard.sex + shard.age_band) == {"unknown"}
 
 
 @pytest.mark.parametrize("prefix", ["CheXpert-v1.0/", "CheXpert-v1.0-medium/", ""])

@@ -82,6 +82,22 @@ def test_a_report_in_an_odd_encoding_is_decoded_as_declared_or_refused(root: Pat
     assert texts(shard, 2) == encoded("Coeur élargi", "Normal")
 
 
+def test_sex_and_age_band_are_those_of_the_header_where_they_are_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "export"
+    write_file(root / "a.dcm", dicom(PatientSex="F", PatientAge="089Y"))
+    write_file(root / "b.dcm", dicom("p2", "1.2.2", PatientSex="M", PatientBirthDate="20100101", StudyDate="20200101"))
+    write_file(root / "c.dcm", dicom("p3", "1.2.3"))
+    table = tmp_path / "reports.csv"
+    write_table(table, ["AccessionNumber", "report"], [["A1", "Normal."]])
+    _, shard = prepared("dicom", root, source={"reports": table}, keeps_characteristics=True)
+    assert shard.stream_counts == {"image": 2, "text": 0, "paired": 1}
+    assert (shard.sex, shard.age_band) == (["F", "M", "unknown"], ["80+", "0-17", "unknown"])
+    assert shard.manifest.deidentification.actions["PatientSex"] == "K"
+    _, shard = prepared("dicom", root, "usual")
+    assert set(shard.sex + shard.age_band) == {"unknown"}
+    assert "PatientSex" not in shard.manifest.deidentification.actions
+
+
 def test_images_that_do_not_say_what_is_burned_in_follow_the_sites_option(tmp_path: Path) -> None:
     root = tmp_path / "export"
     write_file(root / "a.dcm", dicom(BurnedInAnnotation=None))

@@ -14,8 +14,10 @@ HEADER = (
 )
 
 
-def row(image: str, findings: str = "No Finding", patient: object = 1, view: str = "PA") -> list[object]:
-    return [image, findings, 0, patient, 57, "M", view, 2682, 2749, 0.143, 0.143]
+def row(
+    image: str, findings: str = "No Finding", patient: object = 1, view: str = "PA", age: object = 57, sex: str = "M"
+) -> list[object]:
+    return [image, findings, 0, patient, age, sex, view, 2682, 2749, 0.143, 0.143]
 
 
 @pytest.fixture
@@ -44,6 +46,31 @@ def test_images_are_found_in_their_folders_with_findings_views_and_official_spli
     present = [[name for name, value in zip(FINDINGS, values, strict=True) if value] for values in shard.labels.tolist()]
     assert present == [["Cardiomegaly", "Emphysema"], [], ["Pleural_Thickening"], []]
     assert shard.labels.min() == 0  # "No Finding" says that all are absent
+
+
+@pytest.mark.parametrize("column", ["Patient Gender", "Patient Sex"])
+def test_sex_and_age_band_are_those_of_the_table_where_they_are_asked_for(root: Path, column: str) -> None:
+    said = {
+        "00000001_000.png": (17, "M"),
+        "00000001_001.png": ("058Y", "F"),
+        "00000002_000.png": ("411", ""),
+        "00000003_000.png": ("", "U"),
+    }
+    rows = [row(image, patient=int(image[:8]), age=age, sex=sex) for image, (age, sex) in said.items()]
+    write_table(root / "Data_Entry_2017_v2020.csv", HEADER.replace("Patient Gender", column), rows)
+    summary, shard = prepared("nih14", root, keeps_characteristics=True)
+    assert shard.sex == ["M", "F", "unknown", "unknown"]
+    assert shard.age_band == ["0-17", "40-59", "unknown", "unknown"]
+    assert "Sex is kept of 2 and the age band of 2 studies, as --keep-characteristics asks." in summary.notes
+    _, shard = prepared("nih14", root, "usual")
+    assert set(shard.sex + shard.age_band) == {"unknown"}
+
+
+def test_a_table_without_sex_and_age_is_prepared_all_the_same(root: Path) -> None:
+    header = "Image Index,Finding Labels,Patient ID,View Position"
+    write_table(root / "Data_Entry_2017_v2020.csv", header, [["00000001_000.png", "No Finding", 1, "PA"]])
+    summary, shard = prepared("nih14", root, keeps_characteristics=True)
+    assert (summary.studies, shard.sex, shard.age_band) == (1, ["unknown"], ["unknown"])
 
 
 def test_the_official_training_list_is_shared_between_train_and_val_by_patient(root: Path) -> None:

@@ -58,6 +58,22 @@ def test_a_study_is_its_frontal_image_with_a_spanish_report_and_listed_findings(
     assert shard.manifest.languages == {"es": 2}
 
 
+def test_sex_and_age_band_follow_from_the_table_where_they_are_asked_for(tmp_path: Path) -> None:
+    told = [("F", 1960, 20140915), ("M", "1924.0", "20140915.0"), ("", "", 20140915), ("O", 2052, 20140915), ("M", 1960, "")]
+    rows = [
+        row(f"{number}.png", StudyID=f"s{number}", PatientSex_DICOM=sex, PatientBirth=birth, StudyDate_DICOM=taken)
+        for number, (sex, birth, taken) in enumerate(told)
+    ]
+    root = tree(tmp_path, rows)
+    for number in range(len(rows)):
+        write_file(root / f"{number}.png", picture())
+    _, shard = prepared("padchest", root, keeps_characteristics=True)
+    assert shard.sex == ["F", "M", "unknown", "unknown", "M"]
+    assert shard.age_band == ["40-59", "80+", "unknown", "unknown", "unknown"]
+    _, shard = prepared("padchest", root, "usual")
+    assert set(shard.sex + shard.age_band) == {"unknown"}
+
+
 def test_monochrome1_files_are_negatives_and_come_out_positive(tmp_path: Path) -> None:
     rows = [
         row("a.png", StudyID="s1"),
