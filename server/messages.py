@@ -110,10 +110,16 @@ def read_greeting(message: Message) -> Greeting:
         said = message.content.config_records["greeting"]
     except (KeyError, ValueError):
         raise UpdateError("a node answered something that is no greeting; is its fedmix of this version?") from None
-    studies = typed(said, "studies", int)
-    if studies < 1:  # a site's weight is at most what it registers, and a negative one would turn the mean round
-        raise UpdateError(f"the site registers {studies} training studies; a site that takes part has at least one")
-    return Greeting(typed(said, "site", str), typed(said, "stream", str), typed(said, "fingerprint", str), studies, _head(said))
+    found = Greeting(
+        typed(said, "site", str),
+        typed(said, "stream", str),
+        typed(said, "fingerprint", str),
+        typed(said, "studies", int),
+        _head(said),
+    )
+    if found.studies < 1:  # a site's weight is at most what it registers, and a negative one would turn the mean round
+        raise UpdateError(f"the site registers {found.studies} training studies; a site that takes part has at least one")
+    return found
 
 
 def order_content(
