@@ -5,6 +5,7 @@ What a run does not have is left out with a sentence that says so; a run that fa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedmix.report.readings import Readings, other_ways, readings
 from fedmix.report.summary import Report, Run, parse_report
 
 MAX_CONFIG_BYTES = 1 << 18
+ABSOLUTE_PATH = re.compile(r"(?m)^(.*: ['\"]?)/.*$")  # of which every value has a line of its own in to_yaml
 REST = "all else: start, sending, waiting, other methods"
 
 
@@ -194,10 +196,10 @@ def _overhead(report: Report) -> str:
 
 
 def _config(path: Path) -> str:
-    """The resolved config as written in the run folder; nothing where there is none."""
+    """The resolved config as written in the run folder, without paths of the machine it ran on; nothing where there is none."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_CONFIG_BYTES)
+            return ABSOLUTE_PATH.sub(r"\1(a path of the machine that ran it)", file.read(MAX_CONFIG_BYTES))
     except OSError:
         return ""
 

@@ -60,11 +60,10 @@ class Progress:
         return None if pace is None else max(self.total_rounds - self.round, 0) * pace
 
     def mean_losses(self) -> dict[str, float]:
-        """Each training loss as the plain mean over the sites that last had it; for the eye, not for the record."""
-        names = dict.fromkeys(name for site in self.sites.values() for name in site.losses)
-        return {
-            name: statistics.mean(site.losses[name] for site in self.sites.values() if name in site.losses) for name in names
-        }
+        """Each training loss as the plain mean over the sites that this round has heard of; for the eye, not for the record."""
+        heard = [self.sites[name].losses for name in sorted(self.reported)]
+        names = dict.fromkeys(name for losses in heard for name in losses)
+        return {name: statistics.mean(losses[name] for losses in heard if name in losses) for name in names}
 
     def bytes_up(self) -> float:
         """Bytes that all sites have sent."""

@@ -182,6 +182,19 @@ def test_each_missing_file_is_told_in_a_sentence(run_dir: Path, missing: str) ->
     assert sentence in words(write_report(run_dir))
 
 
+def test_a_report_does_not_tell_where_files_lay_on_the_machine_that_ran_it(run_dir: Path) -> None:
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write(
+            "data:\n  cache: /home/someone/phantoms\n  sites:\n  - shard: '/srv/x ray/west'\n"
+            "  tokenizer: fedmix/data/tokenizer.json\n"
+        )
+    page = write_report(run_dir).read_text()
+    assert "someone" not in page
+    assert "x ray/west" not in page
+    assert "cache: (a path of the machine that ran it)" in page
+    assert "tokenizer: fedmix/data/tokenizer.json" in page
+
+
 def test_empty_evaluation_unknown_bytes_and_unknown_times_still_make_a_report(make_run: Callable[..., Path]) -> None:
     values = report_values(evaluation={}, baselines={}, sites=[])
     values["communication"] = dict.fromkeys(values["communication"])

@@ -80,6 +80,20 @@ def test_live_view_draws_in_a_terminal_and_leaves_the_last_state() -> None:
     assert "round 30 of 30" in shown(console)
 
 
+def test_a_lines_losses_are_those_of_the_sites_that_it_counts() -> None:
+    first, *_ = SITES
+    rows = [row("site", "masked", 1, site, 0.0, {"train/mvm/loss": 8.0}) for site in SITES]
+    rows += [row("round", "masked", 1, None, 1.0, {}), row("site", "aligned", 2, first, 2.0, {"train/mvm/loss": 2.0})]
+    console = terminal(80, is_terminal=False)
+    with LiveView(console) as live:
+        live.start(2, SITES)
+        for entry in [*rows, row("round", "aligned", 2, None, 3.0, {})]:
+            live.update(entry)
+    _, of_all, of_one = shown(console).splitlines()
+    assert "mvm 8 " in of_all
+    assert "mvm 2 " in of_one
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_view_fits_its_width_and_keeps_sites_losses_and_bytes(width: int) -> None:
     text = fed(width, metrics_rows(25))
